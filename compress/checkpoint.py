@@ -1,0 +1,148 @@
+"""Folders in: loading any checkpoint, and reading what a compressed one says of itself."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from compress.errors import CheckpointError, ModelError
+from compress.formats import CUSTOM, compressed_class
+from compress.source import model_class, read_config, resolve
+
+RECORD = "compression.json"
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model in a checkpoint folder, in eval mode: ours, any Hugging Face folder, or ``demo``.
+
+    Folders with our modelling file load through this library's own copy of it, without running
+    code from the folder. Packed integers are unpacked at once, not at the first forward pass.
+
+    Raises:
+        ModelError: not a model folder. CheckpointError: tensors are missing or do not fit.
+    """
+    folder = resolve(path)
+    method, cls, config = _classes(folder, trust_remote_code)
+    try:
+        with _quiet():
+            model, info = cls.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+            if method == "compressed-tensors" and not config.quantization_config.get("dequantize"):
+                model.hf_quantizer.compressor.decompress_model(model)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: does not load as {cls.__name__}: {_last(error)}"
+        ) from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
+    if method == "bitsandbytes":
+        keep_bitsandbytes_unpacked(model)
+    return model.eval()
+
+
+def _classes(folder: Path, trust_remote_code: bool) -> tuple[str, Any, Any]:
+    """How the folder is stored, and the model class and config to load it with."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder}: no config.json, so this is not a model folder") from error
+    except ValueError as error:
+        raise ModelError(f"{path}: not JSON ({error})") from error
+    if "compressed_sites" in raw:
+        base = CONFIG_MAPPING[raw["model_type"].removeprefix(CUSTOM)]
+        name = raw["architectures"][0].removeprefix("Compressed")
+        cls, config_class = compressed_class(getattr(transformers, name), base)
+        return "modelling file", cls, config_class.from_pretrained(folder)
+    config = read_config(folder, trust_remote_code=trust_remote_code)
+    if "auto_map" in raw and trust_remote_code:
+        return "remote code", transformers.AutoModelForCausalLM, config
+    method = (raw.get("quantization_config") or {}).get("quant_method", "dense")
+    return method, model_class(config, folder), config
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back what libraries print while they load; what goes wrong comes as an exception."""
+    level, bar = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bar:
+            transformers.logging.enable_progress_bar()
+
+
+def keep_bitsandbytes_unpacked(model: torch.nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in place at the first forward pass.
+
+    On CPUs with AVX512-BF16 it does, and never restores them: saving, training and dequantizing
+    are silently wrong from then on (bitsandbytes #2078).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - not a submodule
+
+
+def load_tokenizer(path: str | Path) -> Any | None:
+    """The tokenizer of a checkpoint folder, or None when it has none."""
+    folder = resolve(path)
+    names = (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+        "tokenizer.model",
+    )
+    if not any((folder / name).exists() for name in names):
+        return None
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        kind = raw.get("model_type", "").removeprefix(CUSTOM)
+        config = CONFIG_MAPPING[kind]() if "compressed_sites" in raw else None
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except Exception as error:
+        raise ModelError(f"{folder}: the tokenizer does not load: {_last(error)}") from error
+
+
+def record(path: str | Path) -> dict[str, Any]:
+    """What ``compression.json`` of a folder says; empty for folders without one."""
+    if str(path) == "demo" or not (Path(path) / RECORD).is_file():
+        return {}
+    try:
+        return json.loads((Path(path) / RECORD).read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}/{RECORD}: not JSON ({error})") from error
+
+
+def original(path: str | Path) -> str | None:
+    """The dense model that a compressed folder was made from; None for other folders."""
+    return record(path).get("base", {}).get("model")
+
+
+def _last(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]

@@ -1,0 +1,390 @@
+"""The command line: every command a few lines around the library, and the progress bars.
+
+Exit codes: 0 done; 1 a defect of this program; 2 recipe or arguments; 3 model; 4 data; 5 output or
+failed check; 6 plug-in; 130 interrupted. With ``--json`` results are the only thing on standard
+output, one JSON object a line; progress and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+# Threads that wait should sleep: on a busy machine spinning ones slow a model down tens of times.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from compress.display import explanation, follow, preflight_table, progress, screen, summary
+from compress.errors import CompressError, RecipeError, did_you_mean
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Compress Hugging Face models from a recipe, check the result, chart quality against size."
+    "\n\nBegin with:  [bold]compress run recipes/quickstart.yaml[/]",
+)
+
+Recipes = Annotated[list[Path], typer.Argument(metavar="RECIPE…", help="YAML recipe files.")]
+Folders = Annotated[list[str], typer.Argument(metavar="DIR…", help="Checkpoint folders, or demo.")]
+Model = Annotated[str | None, typer.Option(help="Folder, hub id, or demo; overrides the recipe.")]
+Data = Annotated[
+    str | None, typer.Option(help="demo, a text file or folder, or name:config:split:column.")
+]
+Seed = Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. stages.0.bits=3")
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists.")]
+Samples = Annotated[int, typer.Option(min=1, help="Windows of evaluation text.")]
+Length = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.")]
+
+
+@app.command()
+def run(
+    recipes: Recipes,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/RECIPE")] = None,
+    model: Model = None,
+    data: Data = None,
+    seed: Seed = None,
+    sets: Sets = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do it all: compress every variant of the recipes, evaluate them, and write report.html.
+
+    What is done already is kept, so a run that was interrupted goes on where it stopped.
+
+    [bold]compress run recipes/quickstart.yaml[/]
+    """
+    from compress import recipe as recipe_files
+
+    overrides = _overrides(model, data, seed, sets)
+    variants: dict[str, Recipe] = {}
+    for path in recipes:
+        for name, recipe in recipe_files.load(path, overrides).items():
+            if name in variants:
+                raise RecipeError(f"two variants are called '{name}'; rename one")
+            variants[name] = recipe
+    out = out or Path("runs") / recipes[0].stem
+    folders = _compress_all(variants, out, quiet)
+    evaluation = next(iter(variants.values())).evaluate
+    rows = _evaluate(
+        folders,
+        evaluation.metrics or None,
+        quiet,
+        data=evaluation.data or None,
+        samples=evaluation.samples,
+        length=evaluation.length,
+    )
+    if as_json:
+        for row in rows:
+            print(json.dumps(row.line()))
+    from eval.report import write_report
+
+    written = write_report([Path(f) for f in folders], out / "report.html")
+    if not quiet and not as_json:
+        summary(folders, rows)
+        screen.print(f"\nReport: [bold]{written[0]}[/]")
+
+
+@app.command()
+def apply(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe file.")],
+    out: Annotated[Path | None, typer.Option(help="The checkpoint folder to write.")] = None,
+    model: Model = None,
+    data: Data = None,
+    seed: Seed = None,
+    sets: Sets = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and count; write nothing.")
+    ] = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Apply one recipe to a model and write a checkpoint folder, checked by plain transformers.
+
+    [bold]compress apply recipes/int4.yaml --model ./my-model --out ./my-model-int4[/]
+    """
+    from compress import recipe as recipe_files
+
+    loaded = recipe_files.load_one(recipe, _overrides(model, data, seed, sets))
+    if dry_run:
+        _dry_run(loaded, as_json)
+        return
+    if out is None:
+        raise RecipeError("--out DIR is missing: where should the checkpoint go?")
+    from compress import run as runs
+
+    info = follow(runs.run(loaded, out, overwrite=overwrite), out.name, quiet or as_json)
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    "out": str(out),
+                    "bytes": info["bytes"],
+                    "storage": info["storage"],
+                    "loads_with": info["loads_with"],
+                }
+            )
+        )
+    elif not quiet:
+        taken = info["bytes"]
+        screen.print(
+            f"{out}: {taken['disk']:,} bytes, {taken['disk'] / taken['original']:.1%} of the "
+            f"original; loads with {info['loads_with']}",
+            highlight=False,
+        )
+
+
+@app.command("eval")
+def evaluate(
+    folders: Folders,
+    metrics: Annotated[
+        str | None, typer.Option(help="Comma-separated; see `compress list`.")
+    ] = None,
+    data: Data = None,
+    samples: Samples = 128,
+    length: Length = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Sliding windows, this far apart.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which text comes first.")] = 0,
+    baseline: Annotated[str | None, typer.Option(help="Compare with this model.")] = None,
+    force: Annotated[bool, typer.Option(help="Measure again what is known already.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure checkpoints, ours or any Hugging Face folder; rows are kept in results.jsonl.
+
+    [bold]compress eval runs/quickstart/* --metrics nll,size_bytes --json[/]
+    """
+    chosen = [m.strip() for m in metrics.split(",") if m.strip()] if metrics else None
+    rows = _evaluate(
+        folders,
+        chosen,
+        quiet or as_json,
+        data=data,
+        samples=samples,
+        length=length,
+        stride=stride,
+        seed=seed,
+        baseline=baseline,
+        force=force,
+    )
+    if as_json:
+        for row in rows:
+            print(json.dumps(row.line()))
+    elif not quiet:
+        summary(folders, rows)
+
+
+@app.command()
+def report(
+    folders: Folders,
+    out: Annotated[Path, typer.Option(help="An .html file.")] = Path("report.html"),
+    baseline: Annotated[Path | None, typer.Option(help="The folder to compare with.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw evaluated checkpoints: an HTML page, the same in Markdown, and the chart as PNG.
+
+    [bold]compress report runs/quickstart/*/ --out report.html[/]
+    """
+    from eval.report import write_report
+
+    written = write_report([Path(f) for f in folders], out, baseline=baseline)
+    if not quiet:
+        for path in written:
+            screen.print(path)
+
+
+@app.command()
+def verify(folders: Folders, as_json: Json = False, quiet: Quiet = False) -> None:
+    """Prove that folders hold what was made: files whole, plain transformers loads them the same.
+
+    [bold]compress verify ./my-model-int4[/]
+    """
+    from compress.verify import verify as check
+
+    for folder in folders:
+        found = check(folder)
+        if as_json:
+            print(json.dumps(found))
+        elif not quiet:
+            screen.print(
+                f"[green]ok[/] {folder}: loads with {found['loads_with']}, logits within "
+                f"{found['difference']:.1e}",
+                highlight=False,
+            )
+
+
+@app.command("list")
+def list_all(as_json: Json = False) -> None:
+    """List the compressors and metrics that are installed, plug-ins included."""
+    from compress import registry
+    from eval import metrics
+
+    rows = [("compressor", n, p) for n, p in registry.available().items()]
+    rows += [("metric", n, p) for n, p in metrics.available().items()]
+    if as_json:
+        for kind, name, point in rows:
+            package = point.dist.name if point.dist else ""
+            print(json.dumps({"kind": kind, "name": name, "package": package}))
+        return
+    table = Table("name", "what it does", "from", box=None, header_style="bold", pad_edge=False)
+    for kind, name, point in rows:
+        cls = registry.get(name) if kind == "compressor" else point.load()
+        line = (cls.__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, line, f"{kind}, {point.dist.name if point.dist else '?'}")
+    Console().print(table)
+
+
+@app.command()
+def explain(
+    name: Annotated[str, typer.Argument(help="A compressor; see `compress list`.")],
+    as_json: Json = False,
+) -> None:
+    """Say what a compressor does: formula, source, parameters with bounds, and an example."""
+    from compress import registry
+
+    cls = registry.get(name)
+    schema = cls.model_json_schema()["properties"]
+    if as_json:
+        print(json.dumps({"name": name, "doc": cls.__doc__, "parameters": schema}))
+        return
+    explanation(cls, name)
+
+
+def _overrides(
+    model: str | None, data: str | None, seed: int | None, sets: list[str] | None
+) -> dict[str, Any]:
+    import yaml
+
+    given: dict[str, Any] = {"model": model, "calibration.data": data, "seed": seed}
+    overrides = {key: value for key, value in given.items() if value is not None}
+    for item in sets or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"--set {item}: write KEY=VALUE, e.g. stages.0.bits=3")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"--set {item}: '{value}' is not YAML; quote it") from error
+    return overrides
+
+
+def _dry_run(recipe: Recipe, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from compress.preflight import preflight
+    from compress.run import check_training
+    from compress.source import Source
+
+    source = Source(recipe.model, untie=recipe.untie)
+    plan = preflight(recipe, source)
+    check_training(recipe, source)
+    if as_json:
+        print(json.dumps(asdict(plan)))
+        return
+    preflight_table(plan)
+
+
+def _compress_all(variants: dict[str, Recipe], out: Path, quiet: bool) -> list[str]:
+    """One checkpoint folder a variant; those that are there already are kept."""
+    from compress import run as runs
+    from compress.source import Source
+    from compress.verify import Verifier
+
+    sources: dict[tuple[str, bool], Source] = {}
+    folders = []
+    with Verifier() as verifier:
+        for name, recipe in variants.items():
+            key = (recipe.model, recipe.untie)
+            if key not in sources:
+                sources[key] = Source(recipe.model, untie=recipe.untie)
+            source, folder = sources[key], out / name
+            folders.append(str(folder))
+            if runs.is_done(recipe, source, folder):
+                if not quiet:
+                    screen.print(f"{name:<18} done already")
+                continue
+            events = runs.run(
+                recipe, folder, overwrite=folder.exists(), verifier=verifier, source=source
+            )
+            info = follow(events, name, quiet)
+            if not quiet:
+                taken = info["bytes"]
+                share = f"{taken['disk'] / taken['original']:>6.1%}"
+                screen.print(f"{name:<18} {taken['disk']:>12,} bytes  {share}")
+    return folders
+
+
+def _evaluate(
+    folders: list[str], metrics: list[str] | None, quiet: bool, **options: Any
+) -> list[Any]:
+    from eval.harness import Notice, evaluate
+    from eval.harness import Progress as Step
+
+    rows = []
+    notices = []
+    with progress(quiet) as bars:
+        task = bars.add_task("evaluate", total=None, note="")
+        for event in evaluate(folders, metrics, **options):
+            if isinstance(event, Step):
+                label = event.label.rpartition("/")[2]
+                bars.update(task, completed=event.done, total=event.total, description=label)
+            elif isinstance(event, Notice):
+                notices.append(event.text)
+            else:
+                rows.append(event)
+    if not quiet:
+        for text in dict.fromkeys(notices):
+            screen.print(f"[yellow]note[/] {text}")
+    return rows
+
+
+def main() -> None:
+    """Entry point: CompressError becomes one line and its exit code."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    try:
+        app(standalone_mode=False)
+    except CompressError as error:
+        screen.print(f"[red]error[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        screen.print("interrupted; finished blocks are kept, run the same command to go on")
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:  # click's usage errors carry their own text and exit code
+        if hasattr(error, "format_message"):
+            text = error.format_message()
+            command = getattr(getattr(error, "ctx", None), "command", None)
+            if text.startswith("No such command"):
+                text = text.rstrip(".") + did_you_mean(text.split("'")[1], COMMANDS)
+            name = f"{command.name} --help" if command and command.name else "--help"
+            screen.print(f"[red]error[/] {escape(text)} (see compress {name})", soft_wrap=True)
+            sys.exit(2)
+        raise
+
+
+COMMANDS = ("run", "apply", "eval", "report", "verify", "list", "explain")
+
+if __name__ == "__main__":
+    main()

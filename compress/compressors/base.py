@@ -1,0 +1,197 @@
+"""What a compressor is: a frozen, validated configuration that *is* the method.
+
+Two shapes so far. A LayerCompressor turns the weight of one site into another, one layer problem
+at a time; a TrainingCompressor changes a whole compressed model by gradient steps.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from compress.anatomy import Site, anatomize, select
+from compress.data import Windows
+from compress.problem import LayerProblem, relative_error
+from compress.weights import Dense, LowRank, Weight
+from compress.weights.modeling_compressed import Compressed, attach, attach_alias
+
+Shape = tuple[int, int]
+
+
+class Compressor(BaseModel):
+    """Common to all: how weights are chosen by kind, and what a recipe may say."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
+
+    name: ClassVar[str] = ""
+    family: ClassVar[str] = "other"  # pruning, quantization, low-rank, distillation
+    headline: ClassVar[tuple[str, ...]] = ()  # parameters that a chart names even at their default
+    accepts: ClassVar[frozenset[str]] = frozenset({"dense"})  # kinds of weight it can start from
+    makes: ClassVar[str] = "dense"  # kind of weight it ends with
+    layouts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
+    packs: ClassVar[bool] = True  # whether the stored bytes must fall
+    default_targets: ClassVar[tuple[str, ...]] = ("blocks",)
+
+    def result(self, kind: str) -> str:
+        """The kind of weight this makes of one of ``kind``."""
+        return self.makes
+
+    def summary(self) -> str:
+        """``rtn bits=3 group=64``: the name, the headline, and what differs from its default."""
+        shown = [
+            f"{key}={getattr(self, key)}"
+            for key, field in type(self).model_fields.items()
+            if (getattr(self, key) != field.default or key in self.headline)
+            and getattr(self, key) is not None
+        ]
+        return " ".join([self.name, *shown])
+
+
+class LayerCompressor(Compressor, ABC):
+    """Solves one layer problem at a time."""
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem) -> Weight:
+        """The compressed weight for ``problem``; must not change the problem's tensors."""
+
+    def predict(self, shape: Shape, dtype: torch.dtype) -> int:
+        """Bytes of the weight that ``solve`` makes of a dense [out, in], without solving.
+
+        The default knows nothing and answers with the dense bytes.
+        """
+        return shape[0] * shape[1] * dtype.itemsize
+
+    def pieces(self, shape: Shape) -> list[Shape]:
+        """Shapes of the matrices that the result multiplies by; more than one for factors."""
+        return [shape]
+
+    def prepare(self, problems: Callable[[], Iterable[LayerProblem]]) -> LayerCompressor:
+        """Look at all problems of a stage first; returns the compressor that then solves them.
+
+        ``problems()`` reads the weights one by one and may be called again for another pass.
+        """
+        return self
+
+    def result(self, kind: str) -> str:
+        return "lowrank" if kind == "lowrank" else self.makes
+
+    def compress(self, problem: LayerProblem) -> Weight:
+        """``solve``, and for a low-rank weight ``solve`` of each factor."""
+        if problem.weight.kind == "lowrank":
+            left, right = self._factor_problems(problem)
+            return LowRank.join(self.solve(left), self.solve(right), problem.dtype)
+        return self.solve(problem)
+
+    def _factor_problems(self, problem: LayerProblem) -> tuple[LayerProblem, LayerProblem]:
+        """The right factor reads the inputs; the left reads what the right puts out."""
+        assert isinstance(problem.weight, LowRank)
+        left, right = problem.weight.left, problem.weight.right
+        H = problem.H
+        if H is not None:
+            B = right.dense()
+            H = B @ H @ B.T
+        return (
+            LayerProblem(problem.name + ".left", left, H),
+            LayerProblem(problem.name + ".right", right, problem.H),
+        )
+
+    def __call__(self, matrix: Tensor, H: Tensor | None = None) -> Weight:
+        """Compress one matrix [out, in]; H [in, in] is the second moment of its inputs."""
+        return self.solve(LayerProblem.of(matrix, H))
+
+    def apply(self, model: nn.Module, targets: Iterable[str] = ("blocks",)) -> dict[str, float]:
+        """Compress a model in memory, in place; returns the relative error of each site.
+
+        The modules keep their class and compute their weight from the compressed one.
+        """
+        anatomy = anatomize(model)
+        sites = select(anatomy.sites, list(targets), [], None, anatomy.layers)
+
+        def problems() -> Iterator[LayerProblem]:
+            for site in sites:
+                matrix = model.get_parameter(site.parameter).detach()
+                yield LayerProblem.of(
+                    matrix.T if site.layout == "conv1d" else matrix, None, site.name
+                )
+
+        solver = self.prepare(problems)
+        errors = {}
+        for site, problem in zip(sites, problems(), strict=True):
+            weight = solver.compress(problem)
+            errors[site.name] = relative_error(problem, weight)
+            if isinstance(weight, Dense):
+                kept = model.get_parameter(site.parameter)
+                dense = weight.dense()
+                kept.data.copy_(dense.T if site.layout == "conv1d" else dense)
+                continue
+            module = attach(model.get_submodule(site.name), weight.spec, weight.tensors)
+            for alias in site.aliases:
+                attach_alias(model.get_submodule(alias), module)
+        return errors
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """What a training compressor works on.
+
+    student     the compressed model in memory; compressed sites decode their weight as they run
+    teacher     loads the original model
+    text        calibration text, int64 [windows, length] and its bytes
+    held        how many of the last windows to keep from training
+    tokenizer   of the model
+    sites, all  modules that the stage takes, and all modules with a matrix
+    folder      where the state of the training goes, so that it can be resumed
+    report      called with (step, steps, numbers) after every step
+    """
+
+    student: nn.Module
+    teacher: Callable[[], nn.Module]
+    text: Windows
+    held: int
+    tokenizer: Any
+    sites: frozenset[str]
+    all: frozenset[str]
+    folder: Path
+    report: Callable[[int, int, dict[str, float]], None]
+    seed: int = 0
+
+
+class TrainingCompressor(Compressor, ABC):
+    """Changes a model by training; the kinds of its weights stay as they are."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset(Weight.kinds)
+    packs: ClassVar[bool] = False
+
+    def result(self, kind: str) -> str:
+        return kind
+
+    @abstractmethod
+    def tokens(self) -> tuple[int, int]:
+        """Calibration text it wants: (windows, tokens in a window)."""
+
+    @abstractmethod
+    def train(self, run: TrainingRun) -> dict[str, Any]:
+        """Train ``run.student`` in place; returns numbers for the record."""
+
+    def finish(self, module: nn.Module, site: Site, weight: Weight) -> Weight:
+        """The weight of ``site`` after training; ``weight`` is what it was before."""
+        return read_back(module, site, weight)
+
+
+def read_back(module: nn.Module, site: Site, before: Weight) -> Weight:
+    """What ``module`` holds now, in the storage of ``before``."""
+    if isinstance(module, Compressed):
+        now = module.tensors()
+        tensors = {k: now[k].detach().cpu().to(t.dtype) for k, t in before.tensors.items()}
+        return Weight.restore(before.spec, tensors)
+    matrix = module.get_parameter("weight").detach().cpu()
+    return Dense.of(matrix.T if site.layout == "conv1d" else matrix, before.dtype)

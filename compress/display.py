@@ -1,0 +1,158 @@
+"""What the terminal shows: progress bars from events, and tables."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from compress.compressors.base import Compressor
+    from compress.preflight import Preflight
+
+screen = Console(stderr=True, highlight=False)
+SHOWN = ("size_bytes", "nll", "kl", "top1_agreement", "decode_tokens_per_s")
+
+
+def follow(events: Generator[Any, None, dict[str, Any]], name: str, quiet: bool) -> dict[str, Any]:
+    """Draw the events of a run as a bar a stage; returns the run's record."""
+    with progress(quiet) as bars:
+        tasks: dict[str, Any] = {}
+        while True:
+            try:
+                event = next(events)
+            except StopIteration as stop:
+                return stop.value
+            numbers = event.numbers
+            note = f"loss {numbers['loss']:.3f}" if "loss" in numbers else ""
+            if event.label not in tasks:
+                tasks[event.label] = bars.add_task(
+                    f"{name}: {event.label}", total=event.total, note=""
+                )
+            bars.update(tasks[event.label], completed=event.done, total=event.total, note=note)
+
+
+@contextmanager
+def progress(quiet: bool) -> Iterator[Progress]:
+    """Progress bars, on a terminal; in a log they would be noise."""
+    hidden = quiet or not screen.is_terminal
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=screen, transient=True, disable=hidden) as bars:
+        yield bars
+
+
+def summary(folders: list[str], rows: list[Any]) -> None:
+    """A checkpoint a row, the metrics most people ask for first."""
+    by = {(row.checkpoint, row.metric): row for row in rows}
+    measured = list(dict.fromkeys(row.metric for row in rows))
+    shown = [m for m in SHOWN if m in measured] or measured
+    table = Table(
+        "checkpoint",
+        *(m.replace("_", " ") for m in shown),
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+    )
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for folder in folders:
+        cells = [_cell(by.get((folder, metric))) for metric in shown]
+        table.add_row(Path(folder).name, *cells)
+    Console().print(table)
+
+
+def _cell(row: Any) -> str:
+    if row is None or row.value is None:
+        return "–"
+    if row.unit == "bytes":
+        return f"{row.value:,.0f}"
+    value = f"{row.value:,.0f}" if abs(row.value) >= 1000 else f"{row.value:.4g}"
+    return value if row.stderr is None else f"{row.value:.4f} ± {row.stderr:.4f}"
+
+
+def bounds(field: dict[str, Any]) -> str:
+    options = field.get("anyOf", [field])
+    said = []
+    for option in options:
+        if "enum" in option or "const" in option:
+            said += [str(v) for v in option.get("enum", [option.get("const")])]
+        elif option.get("type") in ("integer", "number"):
+            low = option.get("minimum", option.get("exclusiveMinimum"))
+            high = option.get("maximum", option.get("exclusiveMaximum"))
+            left = "" if low is None else f"{low} {'≤' if 'minimum' in option else '<'} "
+            right = "" if high is None else f" {'≤' if 'maximum' in option else '<'} {high}"
+            said.append(f"{left}{option['type']}{right}")
+        elif option.get("type") == "string":
+            said.append(option.get("pattern", "text"))
+        elif option.get("type") != "null":
+            said.append(str(option.get("type", "")))
+    return " or ".join(said)
+
+
+def explanation(cls: type[Compressor], name: str) -> None:
+    """A compressor's docstring, parameters and an example, on standard output."""
+    console = Console(highlight=False)
+    doc = escape(inspect.cleandoc(cls.__doc__ or ""))  # [out, in] is a shape, not a style
+    console.print(f"[bold]{name}[/]\n\n{doc}\n")
+    table = Table(
+        "parameter", "default", "may be", "meaning", box=None, header_style="bold", pad_edge=False
+    )
+    for key, field in cls.model_json_schema()["properties"].items():
+        meaning = escape(field.get("description", ""))
+        table.add_row(key, str(field.get("default")), bounds(field), meaning)
+    console.print(table)
+    console.print(
+        "\n[bold]targets[/] roles (q_proj, down_proj, embed, head…), blocks, attention, "
+        "mlp, all, or name patterns;\nby default "
+        f"{', '.join(cls.default_targets)}. [bold]skip[/] the same; [bold]blocks[/] layer "
+        "numbers."
+    )
+    takes = ", ".join(sorted(cls.accepts))
+    console.print(f"Takes weights that are {takes}; leaves them {cls.makes}.")
+    console.print(f"\nmodel: demo\nstages:\n  - use: {name}", markup=False)
+
+
+def size(count: int) -> str:
+    value = float(count)
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def preflight_table(plan: Preflight) -> None:
+    """What `compress apply --dry-run` found, on standard output."""
+    table = Table(
+        "stage",
+        "weights",
+        "bytes before",
+        "bytes after",
+        box=None,
+        header_style="bold",
+        pad_edge=False,
+    )
+    for stage in plan.stages:
+        before, after = f"{stage.bytes_before:,}", f"{stage.bytes_after:,}"
+        table.add_row(stage.use, str(stage.sites), before, after)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"\nmodel  {plan.model_before:,} → {plan.model_after:,} bytes "
+        f"({plan.model_after / plan.model_before:.1%}), stored as compactly as it can be\n"
+        f"needs  about {size(plan.memory)} of memory beyond the program's own, and "
+        f"{size(plan.disk)} of disk while it works"
+    )

@@ -1,0 +1,127 @@
+"""Everything that can be known before a weight is read: what a recipe would do, and need."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.anatomy import Site
+from compress.compressors.base import LayerCompressor, Shape, TrainingCompressor
+from compress.errors import CheckpointError
+from compress.recipe import Recipe, check_order
+from compress.source import Source
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: the sites it takes and their bytes, by the compressor's own prediction."""
+
+    use: str
+    sites: int
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What applying a recipe takes, in bytes; ``memory`` and ``disk`` are estimates."""
+
+    stages: list[StagePlan]
+    model_before: int
+    model_after: int
+    memory: int
+    disk: int
+
+
+def preflight(recipe: Recipe, source: Source) -> Preflight:
+    """Check a recipe against a model and add up what it needs; reads no weight.
+
+    Raises:
+        RecipeError: a pattern matches nothing, or a stage cannot follow another.
+    """
+    check_order(recipe.stages, source.anatomy)
+    sites = source.anatomy.sites
+    pieces: dict[str, list[Shape]] = {site.name: [site.shape] for site in sites}
+    size = {site.name: site.nbytes for site in sites}
+    plans = []
+    for stage in recipe.stages:
+        chosen = stage.sites(source.anatomy)
+        before = sum(size[site.name] for site in chosen)
+        if isinstance(stage.compressor, LayerCompressor):
+            for site in chosen:
+                _follow(stage.compressor, site, pieces, size)
+        plans.append(
+            StagePlan(stage.use, len(chosen), before, sum(size[site.name] for site in chosen))
+        )
+    whole = sum(shape.numel() * dtype.itemsize for _, shape, dtype in source.headers())
+    after = whole - sum(site.nbytes for site in sites) + sum(size.values())
+    return Preflight(
+        plans, whole, after, _memory(recipe, source, whole), _disk(recipe, whole, after)
+    )
+
+
+def _follow(
+    compressor: LayerCompressor, site: Site, pieces: dict[str, list[Shape]], size: dict[str, int]
+) -> None:
+    """Predicted matrices and bytes of one site after ``compressor``."""
+    shapes = pieces[site.name]
+    size[site.name] = sum(compressor.predict(shape, site.dtype) for shape in shapes)
+    pieces[site.name] = [piece for shape in shapes for piece in compressor.pieces(shape)]
+
+
+def _memory(recipe: Recipe, source: Source, whole: int) -> int:
+    """One block as stored, and about six float32 copies of its largest matrix while it is solved.
+
+    A training stage holds the model four times in float32 (weights, gradient, AdamW's two moments),
+    its best values, and the teacher.
+    """
+    training = any(isinstance(s.compressor, TrainingCompressor) for s in recipe.stages)
+    if training:
+        return 6 * 4 * source.parameters
+    streamed = 0
+    for block in source.anatomy.blocks:
+        stored = sum(site.nbytes for site in block.sites)
+        largest = max((site.shape[0] * site.shape[1] for site in block.sites), default=0)
+        streamed = max(streamed, 2 * stored + 6 * 4 * largest)
+    return streamed
+
+
+def _disk(recipe: Recipe, whole: int, after: int) -> int:
+    """The result, and the blocks of two stages while one is made from the other."""
+    work = min(len(recipe.stages), 2) * whole
+    training = any(isinstance(s.compressor, TrainingCompressor) for s in recipe.stages)
+    return after + work + (10 * whole if training else 0)
+
+
+def check_output(out: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output that exists or cannot be made.
+
+    Raises:
+        CheckpointError: with what to do about it.
+    """
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"{out} exists already; give another --out, or --overwrite")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"{out} is a file; --out names a folder")
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise CheckpointError(f"{out}: {parent} is a file, so no folder can be made in it")
+    if not os.access(parent, os.W_OK):
+        raise CheckpointError(f"{out}: no permission to write in {parent}")
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuse to begin what would not fit on the disk."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"{out}: needs about {needed / 1e9:.1f} GB of disk, "
+            f"{free / 1e9:.1f} GB are free on {parent}"
+        )

@@ -1,0 +1,332 @@
+"""A recipe's stages in order: read blocks, compress, write blocks, and at the end a checkpoint.
+
+``run`` is a generator of events; nothing here prints. A run that was killed goes on from
+its finished blocks and ends with the same bytes, because every block depends on the recipe, the
+model and the seed alone.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.assemble import assemble, take_back
+from compress.blockwise import streamed
+from compress.checkpoint import load, load_tokenizer, record
+from compress.compressors.base import LayerCompressor, TrainingCompressor, TrainingRun
+from compress.data import windows
+from compress.errors import CheckpointError, DataError, ModelError
+from compress.formats import auto_classes
+from compress.memory import give_back
+from compress.objective import family
+from compress.plain_load import observe
+from compress.preflight import check_disk, check_output, preflight
+from compress.problem import LayerProblem, relative_error
+from compress.recipe import Recipe, Stage
+from compress.source import Source
+from compress.store import Blocks, Part, Store
+from compress.verify import Verifier, probe_inputs
+from compress.workdir import disk_errors, finish, finished_stages, locked, mark, place, tidied
+from compress.writer import Writer, versions
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something a progress display can show: a step of ``label`` is done.
+
+    ``numbers`` holds seconds, losses and the like; the last event's ``result`` is the record.
+    """
+
+    label: str
+    done: int = 0
+    total: int = 0
+    numbers: dict[str, float] = field(default_factory=dict)
+    result: dict[str, Any] | None = None
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    *,
+    name: str | None = None,
+    overwrite: bool = False,
+    verifier: Verifier | None = None,
+    source: Source | None = None,
+) -> Generator[Event, None, dict[str, Any]]:
+    """Apply ``recipe`` and write the checkpoint folder ``out``; returns its record.
+
+    ``verifier`` and ``source`` may be shared between runs. The folder appears only when it has
+    passed ``verify``.
+
+    Raises:
+        CompressError: anything the user can put right; nothing is left at ``out`` then.
+    """
+    check_output(out, overwrite=overwrite)
+    source = source or Source(recipe.model, untie=recipe.untie)
+    needs = preflight(recipe, source)
+    check_training(recipe, source)
+    check_disk(out, needs.disk)
+    work = out.absolute().parent / f".{out.name}.work"
+    with disk_errors(out), locked(work), _own(verifier) as checker, tidied(work):
+        check_output(out, overwrite=overwrite)  # again: another run may have ended meanwhile
+        done = finished_stages(work, recipe, source.hash)
+        before: Blocks = Store(work / f"stage-{done - 1}") if done else Original(source)
+        for number, stage in list(enumerate(recipe.stages))[done:]:
+            store = Store(work / f"stage-{number}")
+            yield from _stage(number, stage, recipe, source, before, store)
+            if isinstance(before, Store):
+                before.remove()
+            before = store
+        yield Event("check", 0, 2)
+        training = [json.loads(mark(work, i).read_text()) for i in range(len(recipe.stages))]
+        writer = Writer(source, before, recipe, work / "draft")
+        info = writer.write(name or out.name, expect(source, before, recipe), training)
+        yield Event("check", 1, 2)
+        checked = checker.check(work / "draft")
+        place(work / "draft", out)
+        shutil.rmtree(work)
+        yield Event("check", 2, 2, {"difference": checked["difference"]}, info)
+    return info
+
+
+def apply(recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
+    """``run`` without progress: writes the checkpoint folder ``out`` and returns its record."""
+    events = run(recipe, out, **options)
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
+def is_done(recipe: Recipe, source: Source, out: Path) -> bool:
+    """Whether ``out`` already holds what this recipe makes of this model."""
+    try:
+        info = record(out)
+    except CheckpointError:
+        return False
+    return bool(info) and (info["recipe"], info["base"]["hash"], info["versions"]) == (
+        recipe.dump(),
+        source.hash,
+        versions(),
+    )
+
+
+class Original:
+    """The model itself, read as a store of blocks."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def read(self, number: int) -> Part:
+        return Part(*self.source.block(self.source.anatomy.blocks[number]))
+
+    def header(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        return {name: weight.spec for name, weight in self.read(number).weights.items()}, []
+
+
+def _stage(
+    number: int,
+    stage: Stage,
+    recipe: Recipe,
+    source: Source,
+    before: Blocks,
+    store: Store,
+) -> Iterator[Event]:
+    torch.manual_seed(recipe.seed * 1000 + number)
+    report: dict[str, Any] = {}
+    if isinstance(stage.compressor, TrainingCompressor):
+        report = yield from _train(number, stage, recipe, source, before, store)
+    else:
+        assert isinstance(stage.compressor, LayerCompressor)
+        yield from _solve(number, stage, source, before, store)
+    finish(store.folder.parent, number, report)
+
+
+def _solve(
+    number: int, stage: Stage, source: Source, before: Blocks, store: Store
+) -> Iterator[Event]:
+    """One pass over the blocks: read, solve the stage's sites, write."""
+    compressor = stage.compressor
+    assert isinstance(compressor, LayerCompressor)
+    taken = {site.name for site in stage.sites(source.anatomy)}
+    blocks = source.anatomy.blocks
+
+    def problems() -> Iterator[LayerProblem]:
+        for i in range(len(blocks)):
+            part = before.read(i)
+            yield from (LayerProblem(n, w) for n, w in part.weights.items() if n in taken)
+
+    solver = compressor.prepare(problems)
+    for i, block in enumerate(blocks):
+        start = time.perf_counter()
+        if not store.has(i):
+            part = before.read(i)
+            for site in block.sites:
+                if site.name in taken:
+                    problem = LayerProblem(site.name, part.weights[site.name])
+                    weight = solver.compress(problem)
+                    part.weights[site.name] = weight
+                    part.records.append(_record(number, stage, site, problem, weight))
+            store.write(i, part)
+            del part
+            give_back()
+        yield Event(stage.use, i + 1, len(blocks), {"seconds": time.perf_counter() - start})
+
+
+def _record(
+    number: int, stage: Stage, site: Any, problem: LayerProblem, weight: Any
+) -> dict[str, Any]:
+    error = relative_error(problem, weight)
+    if not error < float("inf"):
+        raise ModelError(f"{stage.use} made a weight of {site.name} that is not finite")
+    return {
+        "number": number,
+        "stage": stage.use,
+        "name": site.name,
+        "role": site.role,
+        "block": site.block,
+        "shape": list(site.shape),
+        "kind": weight.kind,
+        "bytes_before": problem.weight.nbytes,
+        "bytes": weight.nbytes,
+        "relative_error": error,
+        "packs": stage.compressor.packs,
+        "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
+    }
+
+
+def _train(
+    number: int,
+    stage: Stage,
+    recipe: Recipe,
+    source: Source,
+    before: Blocks,
+    store: Store,
+) -> Generator[Event, None, dict[str, Any]]:
+    """Assemble the model in memory, train it, and take the blocks back."""
+    compressor = stage.compressor
+    assert isinstance(compressor, TrainingCompressor)
+    samples, length = compressor.tokens()
+    tokenizer = load_tokenizer(source.folder)
+    text = windows(
+        recipe.data,
+        tokenizer,
+        part="calibration",
+        samples=samples,
+        length=length,
+        seed=recipe.seed,
+    )
+    if len(text) < 2:
+        raise DataError(f"{recipe.data}: one window of {length} tokens is too little to train on")
+    chosen = stage.sites(source.anatomy)
+    events: list[Event] = []
+
+    def report(step: int, steps: int, numbers: dict[str, float]) -> None:
+        events.append(Event(stage.use, step, steps, numbers))
+
+    student = assemble(source, before, torch.float32)
+    training = TrainingRun(
+        student=student,
+        teacher=lambda: load(source.folder, dtype=torch.float32),
+        text=text,
+        held=max(1, len(text) // 8),
+        tokenizer=tokenizer,
+        sites=frozenset(s.name for s in chosen),
+        all=frozenset(s.name for s in source.anatomy.sites),
+        folder=store.folder,
+        report=report,
+        seed=recipe.seed,
+    )
+    summary = yield from _in_thread(lambda: compressor.train(training), events)
+    for i, block in enumerate(source.anatomy.blocks):
+        old = before.read(i)
+
+        def final(module: Any, site: Any, weight: Any) -> Any:
+            if site.name in training.sites:
+                return compressor.finish(module, site, weight)
+            return TrainingCompressor.finish(compressor, module, site, weight)
+
+        part = take_back(student, source, old, i, final)
+        for site in block.sites:
+            changed = part.weights[site.name]
+            if changed.kind != old.weights[site.name].kind:
+                problem = LayerProblem(site.name, old.weights[site.name])
+                part.records.append(_record(number, stage, site, problem, changed))
+        store.write(i, part)
+    (store.folder / "training.safetensors").unlink(missing_ok=True)
+    return summary
+
+
+def _in_thread(work: Any, events: list[Event]) -> Generator[Event, None, Any]:
+    """Run ``work`` in a thread and yield the events it appends, as they come."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while not future.done() or events:
+            if events:
+                yield events.pop(0)
+            else:
+                time.sleep(0.05)
+        return future.result()
+
+
+def expect(source: Source, store: Blocks, recipe: Recipe) -> dict[str, Any]:
+    """What the compressed model puts out for a small probe, run block by block from ``store``."""
+    skeleton = source.new_skeleton()
+    inputs = probe_inputs(skeleton)
+    dtype = getattr(source.config, "dtype", None) or source.dtype
+    with streamed(skeleton, source.anatomy, store.read, dtype) as model:
+        logits = observe(model, inputs)
+    return {
+        "auto_class": auto_classes(source.model_class, source.config)[0],
+        "inputs": inputs,
+        "logits": logits,
+        "dtype": str(dtype).split(".")[1],
+    }
+
+
+def check_training(recipe: Recipe, source: Source) -> None:
+    """A stage that trains needs text, a tokenizer, and a model that predicts text.
+
+    Raises:
+        DataError, ModelError: before any work is done.
+    """
+    for stage in recipe.stages:
+        if not isinstance(stage.compressor, TrainingCompressor):
+            continue
+        if family(source.skeleton) == "other":
+            raise ModelError(
+                f"{stage.use} trains on text, which {source.model_class.__name__} does not predict"
+            )
+        if not recipe.data:
+            raise DataError(
+                f"{stage.use} needs text: set calibration.data in the recipe, or --data"
+            )
+        samples, length = stage.compressor.tokens()
+        windows(
+            recipe.data,
+            load_tokenizer(source.folder),
+            part="calibration",
+            samples=min(samples, 2),
+            length=length,
+            seed=recipe.seed,
+        )
+
+
+@contextmanager
+def _own(verifier: Verifier | None) -> Iterator[Verifier]:
+    if verifier is not None:
+        yield verifier
+        return
+    with Verifier() as started:
+        yield started

@@ -1,0 +1,255 @@
+"""Modules whose weight is stored compressed. This file is also copied into checkpoints.
+
+A weight is a *spec* (JSON: its kind, shape [out, in] and the kind's numbers) and the *tensors* it
+is stored as. ``decode`` turns them back into a matrix; it is differentiable in every floating
+tensor, so factors, surviving values and scales can be trained where they are. ``attach`` makes any
+Linear, Conv1D or Embedding compute its ``weight`` that way, and ``CompressedModel`` does so for
+the modules that a config lists, before transformers fills them from a checkpoint.
+
+It needs torch and transformers, and compressed-tensors for packed integers; never ``compress``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+try:
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+except ImportError:  # only packed integers need it
+    unpack_from_int32 = None
+
+Spec = dict[str, Any]
+
+
+def decode(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """The matrix [out, in] that ``spec`` and ``tensors`` stand for."""
+    return _DECODERS[spec["kind"]](spec, tensors)
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a nested weight: those named ``<prefix>_*``, without the prefix."""
+    start = prefix + "_"
+    return {name[len(start) :]: t for name, t in tensors.items() if name.startswith(start)}
+
+
+def _dense(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    return tensors["weight"]
+
+
+def _sparse(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """values [kept] in row order; mask uint8 [out, ⌈in/8⌉], most significant bit first."""
+    rows, columns = spec["shape"]
+    mask, values = tensors["mask"], tensors["values"]
+    shifts = torch.arange(7, -1, -1, device=mask.device, dtype=torch.uint8)
+    kept = ((mask.unsqueeze(-1) >> shifts) & 1).view(rows, -1)[:, :columns].bool()
+    return values.new_zeros(rows, columns).masked_scatter(kept, values)
+
+
+def _quantized(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """weight_packed int32, weight_scale [out, groups], optional weight_zero_point, packed.
+
+    The layout is compressed-tensors' ``pack-quantized``: integers q in [−2^(b−1), 2^(b−1)), weight
+    = (q − zero_point) · scale; the last group of a row may be short.
+    """
+    if unpack_from_int32 is None:
+        raise ImportError("this checkpoint holds packed integers: pip install compressed-tensors")
+    bits, group, (rows, columns) = spec["bits"], spec["group"], spec["shape"]
+    scale = tensors["weight_scale"]
+    q = unpack_from_int32(tensors["weight_packed"], bits, torch.Size((rows, columns)))
+    q = q.to(scale.dtype)
+    if "weight_zero_point" in tensors:
+        # Packed along the rows. Transposed and copied first: of a single row of words, which any
+        # stride fits, compressed-tensors' own packed_dim=0 makes an error at 4 bits.
+        words = tensors["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
+        zero = unpack_from_int32(words, bits, torch.Size((scale.shape[1], rows))).T
+        q = q - spread(zero.to(scale.dtype), group, columns)
+    return q * spread(scale, group, columns)
+
+
+def spread(per_group: Tensor, group: int, columns: int) -> Tensor:
+    """Repeat [out, groups] along each group: [out, columns]."""
+    return per_group.repeat_interleave(group, dim=1)[:, :columns]
+
+
+def _lowrank(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """left [out, rank] @ right [rank, in]; each factor is itself a weight of any kind."""
+    left, right = factors(spec, tensors)
+    return left @ right
+
+
+def factors(spec: Spec, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    left = decode(spec["left"], part(tensors, "left"))
+    right = decode(spec["right"], part(tensors, "right"))
+    return left, right.to(left.dtype)
+
+
+def _sum(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    terms = [decode(term, part(tensors, f"term{i}")) for i, term in enumerate(spec["terms"])]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term.to(total.dtype)
+    return total
+
+
+def _int8(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """bitsandbytes LLM.int8: codes int8 [out, in], SCB float32 [out] = absmax of the row."""
+    return tensors["codes"].to(torch.float32) * (tensors["SCB"].float() / 127.0).unsqueeze(1)
+
+
+def _nf4(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """bitsandbytes NF4: two codes a byte (first in the high half), one absmax a block."""
+    state = json.loads(bytes(tensors["quant_state"].tolist()).decode())
+    absmax = tensors["absmax"]
+    if "nested_absmax" in tensors:  # the absmax values are themselves quantized, 8 bits a value
+        outer = tensors["nested_absmax"].repeat_interleave(state["nested_blocksize"])
+        absmax = tensors["nested_quant_map"][absmax.long()] * outer[: absmax.numel()]
+        absmax = absmax + state["nested_offset"]
+    packed = tensors["codes"].view(-1)
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).view(-1)
+    rows, columns = spec["shape"]
+    values = tensors["quant_map"][codes.long()][: rows * columns]
+    scale = absmax.repeat_interleave(state["blocksize"])[: rows * columns]
+    return (values * scale).view(rows, columns)
+
+
+_DECODERS = {"dense": _dense, "sparse": _sparse, "quantized": _quantized, "lowrank": _lowrank,
+             "sum": _sum, "int8": _int8, "nf4": _nf4}  # fmt: skip
+
+
+class Compressed(nn.Module):
+    """Mixin for a module whose ``weight`` is decoded from stored tensors when it is read.
+
+    The decoded matrix is kept after the first use, unless the stored tensors are being trained.
+    """
+
+    spec: Spec
+    stored: list[str]
+    compute_dtype: torch.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The stored tensors, by their names in the module's state dict."""
+        return {name: getattr(self, name) for name in self.stored}
+
+    @property
+    def weight(self) -> Tensor:
+        kept = self.__dict__.get("kept")
+        if kept is not None:
+            return kept
+        matrix = decode(self.spec, self.tensors()).to(self.compute_dtype)
+        if isinstance(self, Conv1D):
+            matrix = matrix.T.contiguous()
+        setattr(matrix, "_is_hf_initialized", True)  # noqa: B010 - transformers must not fill it
+        trained = any(p.requires_grad for p in self.parameters(recurse=False))
+        if not trained and matrix.device.type != "meta":
+            self.__dict__["kept"] = matrix
+        return matrix
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        if self.spec["kind"] != "lowrank" or isinstance(self, nn.Embedding):
+            return super().forward(*inputs, **named)
+        x = inputs[0] if inputs else named["input"]
+        left, right = factors(self.spec, self.tensors())  # two thin products, never the matrix
+        y = nn.functional.linear(x, right.to(x.dtype))
+        return nn.functional.linear(y, left.to(x.dtype), getattr(self, "bias", None))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Where .to(), .half() and .cuda() pass: forget the kept matrix, follow the dtype."""
+        self.__dict__.pop("kept", None)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.__dict__.pop("kept", None)
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class Alias(Compressed):
+    """A module tied to a compressed one: it reads the other's weight (an output head, mostly)."""
+
+    @property
+    def weight(self) -> Tensor:
+        return self.__dict__["source"].weight
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        return super(Compressed, self).forward(*inputs, **named)  # the module's own
+
+
+def attach(module: nn.Module, spec: Spec, tensors: dict[str, Tensor]) -> nn.Module:
+    """Make ``module`` compute its weight from ``tensors``; its own forward stays in use."""
+    module.__dict__["compute_dtype"] = module.get_parameter("weight").dtype
+    module.__dict__["spec"] = spec
+    module.__dict__["stored"] = list(tensors)
+    module.__class__ = _subclass(Compressed, type(module))
+    del module._parameters["weight"]
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point():
+            module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        else:
+            module.register_buffer(name, tensor)
+    _initialized(module)
+    return module
+
+
+def attach_alias(module: nn.Module, source: nn.Module) -> nn.Module:
+    """Make ``module`` read the weight of ``source``, which has been attached."""
+    module.__class__ = _subclass(Alias, type(module))
+    module.__dict__["source"] = source  # not a submodule: the tensors are stored once
+    module.__dict__["compute_dtype"] = source.compute_dtype
+    del module._parameters["weight"]
+    _initialized(module)
+    return module
+
+
+def _initialized(module: nn.Module) -> None:
+    """Tell transformers that there is nothing to initialise but buffers no checkpoint holds."""
+    module.__dict__["_is_hf_initialized"] = not module._non_persistent_buffers_set
+
+
+def _subclass(mixin: type, cls: type) -> type:
+    return type(mixin.__name__ + cls.__name__, (mixin, cls), {})
+
+
+class CompressedModel(nn.Module):
+    """Mixin for a model class: ``config.compressed_sites`` says which modules are compressed how.
+
+    compressed_sites: {module: {"spec": …, "tensors": {name: [shape, dtype]}}} or, for a module
+    tied to another, {module: {"alias": other}}. Besides these tensors a checkpoint holds an empty
+    ``<module>.weight``: a loader that does not know the format fails on its shape, where it would
+    fill a missing one with random numbers.
+    """
+
+    config: Any
+    all_tied_weights_keys: dict[str, str]
+    _keys_to_ignore_on_load_unexpected: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # the model class behind this mixin
+        for name, site in config.compressed_sites.items():
+            if "alias" in site:
+                attach_alias(self.get_submodule(name), self.get_submodule(site["alias"]))
+            else:
+                empty = {
+                    key: torch.empty(shape, dtype=getattr(torch, dtype))
+                    for key, (shape, dtype) in site["tensors"].items()
+                }
+                attach(self.get_submodule(name), site["spec"], empty)
+        guards = {re.escape(f"{name}.weight") for name in config.compressed_sites}
+        self._keys_to_ignore_on_load_unexpected = guards | set(
+            self._keys_to_ignore_on_load_unexpected or ()
+        )
+        self.all_tied_weights_keys = self._still_tied(self.all_tied_weights_keys)
+
+    def get_expanded_tied_weights_keys(self, *args: Any, **kwargs: Any) -> dict[str, str]:
+        tied = super().get_expanded_tied_weights_keys(*args, **kwargs)  # type: ignore[misc]
+        return self._still_tied(tied)
+
+    def _still_tied(self, tied: dict[str, str]) -> dict[str, str]:
+        """Ties between modules that are compressed are kept by aliases, not by transformers."""
+        decoded = {f"{name}.weight" for name in self.config.compressed_sites}
+        return {target: source for target, source in tied.items() if not {target, source} & decoded}

@@ -1,0 +1,1 @@
+"""Measure checkpoints, compare them in pairs, and draw quality against size."""

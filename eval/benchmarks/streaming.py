@@ -1,0 +1,139 @@
+"""Seconds and peak memory of `compress apply` against model size: does memory grow with depth?
+
+    python -m eval.benchmarks.streaming --out streaming.json
+
+Makes random-weight Llama folders of one width and three depths (about 0.1, 0.3 and 1 GB in
+bfloat16), and applies `rtn` and `svd` to each in a process of its own, on one thread. Memory is
+the process' anonymous memory (RssAnon of /proc/self/status, sampled): pages of mapped files, which
+the kernel drops when it needs room, do not count; the peak of all resident pages is printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig
+
+from compress.store import SafetensorsWriter
+
+WIDTH, FEED, VOCABULARY = 1024, 2816, 2048
+DEPTHS = (4, 12, 40)
+STAGES = {"rtn": {"use": "rtn", "bits": 4}, "svd": {"use": "svd", "ratio": 0.5}}
+
+# Runs in the measured process: everything is imported first, then memory is sampled.
+CHILD = """
+import json, resource, sys, threading, time
+import torch
+import compress.run, compress.recipe, compress.compressors.lowrank.svd
+import compress.compressors.quantization.rtn
+from pathlib import Path
+
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+torch.set_num_threads(1)
+recipe = compress.recipe.load_one(json.loads(sys.argv[1]))
+before, peak, stop = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not stop.is_set():
+        peak = max(peak, anonymous())
+        time.sleep(0.005)
+
+thread = threading.Thread(target=watch)
+thread.start()
+start = time.perf_counter()
+seconds = None
+for event in compress.run.run(recipe, Path(sys.argv[2])):
+    if event.label == "check" and event.done == 1:
+        seconds = time.perf_counter() - start
+stop.set()
+thread.join()
+resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"seconds": seconds, "memory": peak - before, "resident": resident}))
+"""
+
+
+def make_model(folder: Path, depth: int) -> int:
+    """A Llama of ``depth`` random blocks, written tensor by tensor; returns its bytes."""
+    config = LlamaConfig(
+        hidden_size=WIDTH, intermediate_size=FEED, num_hidden_layers=depth, vocab_size=VOCABULARY,
+        num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    writer = SafetensorsWriter(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+
+    def add(name: str, *shape: int) -> None:
+        matrix = len(shape) > 1
+        tensor = torch.randn(shape, generator=generator) * 0.02 if matrix else torch.ones(shape)
+        writer.add(name, tensor.to(torch.bfloat16))
+
+    add("model.embed_tokens.weight", VOCABULARY, WIDTH)
+    add("model.norm.weight", WIDTH)
+    for i in range(depth):
+        start = f"model.layers.{i}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            add(f"{start}.self_attn.{name}.weight", WIDTH, WIDTH)
+        add(f"{start}.mlp.gate_proj.weight", FEED, WIDTH)
+        add(f"{start}.mlp.up_proj.weight", FEED, WIDTH)
+        add(f"{start}.mlp.down_proj.weight", WIDTH, FEED)
+        add(f"{start}.input_layernorm.weight", WIDTH)
+        add(f"{start}.post_attention_layernorm.weight", WIDTH)
+    writer.close()
+    return (folder / "model.safetensors").stat().st_size
+
+
+def measure(model: Path, stage: dict[str, object], out: Path) -> dict[str, float]:
+    recipe = {"model": str(model), "stages": [stage]}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(recipe), str(out)],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--depths", type=int, nargs="+", default=DEPTHS, help="numbers of blocks")
+    parser.add_argument("--methods", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--out", type=Path, help="write the rows as JSON")
+    options = parser.parse_args()
+    rows = []
+    titles = ("blocks", "model", "seconds", "s/GB", "memory", "resident")
+    print(f"{'method':<8}" + "".join(f"{title:>10}" for title in titles))
+    with tempfile.TemporaryDirectory() as home:
+        for depth in options.depths:
+            model = Path(home, f"model-{depth}")
+            size = make_model(model, depth)
+            for method in options.methods:
+                row = {"method": method, "blocks": depth, "bytes": size}
+                row |= measure(model, STAGES[method], Path(home, f"{method}-{depth}"))
+                rows.append(row)
+                cells = (
+                    f"{depth}", f"{size / 1e6:.0f} MB", f"{row['seconds']:.1f}",
+                    f"{row['seconds'] / size * 1e9:.0f}", f"{row['memory'] / 1e6:.0f} MB",
+                    f"{row['resident'] / 1e6:.0f} MB",
+                )  # fmt: skip
+                print(f"{method:<8}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+    for method in options.methods:
+        memory = [row["memory"] for row in rows if row["method"] == method]
+        print(f"{method}: {options.depths[-1] / options.depths[0]:.0f} times the blocks take "
+              f"{memory[-1] / memory[0]:.2f} times the memory")  # fmt: skip
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

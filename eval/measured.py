@@ -1,0 +1,157 @@
+"""A checkpoint folder as a report sees it: its results, its recipe, its family, its size."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.errors import CheckpointError
+from eval.results import Result, read
+
+WHERE = {"use", "targets", "skip", "blocks", "budget"}  # a stage's keys that are not the method's
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One checkpoint folder. A plain Hugging Face folder has no ``record`` and no ``recipe``."""
+
+    folder: Path
+    name: str
+    record: dict[str, Any]
+    """``compression.json``, or empty."""
+    recipe: str
+    """YAML text, or empty."""
+    stages: list[dict[str, Any]]
+    results: dict[str, Result]
+    size: float | None
+    """Bytes of weights on disk."""
+
+    def value(self, metric: str) -> float | None:
+        """The metric's value; None when absent or not a finite number."""
+        result = self.results.get(metric)
+        if result is None or result.value is None or not math.isfinite(result.value):
+            return None
+        return result.value
+
+    @property
+    def is_original(self) -> bool:
+        """Whether nothing was done to it."""
+        return not self.stages and not self.record.get("sites")
+
+    @property
+    def family(self) -> str:
+        """What kind of compression made it; a key of ``eval.chart.FAMILIES``."""
+        if self.is_original:
+            return "original"
+        known = self.record.get("families", {})
+        families = {known.get(str(stage.get("use")), "other") for stage in self.stages}
+        compressing = families - {"distillation"}
+        if len(compressing) > 1:
+            return "chain"
+        if not compressing:
+            return "distillation" if families else "other"
+        (only,) = compressing
+        return f"healed {only}" if len(families) > 1 and only != "other" else only
+
+    @property
+    def recipe_line(self) -> str:
+        """The recipe in one line: ``rtn bits=4 group=64 → lora rank=8``."""
+        return self.record.get("summary") or " → ".join(map(_stage_line, self.stages))
+
+    @property
+    def final_sites(self) -> list[dict[str, Any]]:
+        """One record per site: its last, with the bytes from before the first stage."""
+        sites: dict[str, dict[str, Any]] = {}
+        for site in self.record.get("sites", []):
+            before = sites.get(site["name"], site).get("bytes_before")
+            sites[site["name"]] = site | {"bytes_before": before}
+        return list(sites.values())
+
+    @property
+    def relative_error_max(self) -> float | None:
+        """The largest relative output error of a site."""
+        errors = [site.get("relative_error") for site in self.final_sites]
+        return max((error for error in errors if error is not None), default=None)
+
+
+def read_checkpoint(folder: Path) -> Measured:
+    """Everything a report needs from ``folder``.
+
+    Raises:
+        CheckpointError: the folder has no results, or a file in it cannot be understood.
+    """
+    results = read(folder)
+    if not results:
+        raise CheckpointError(f"{folder}: no results; run `compress eval {folder}` first")
+    record = _json(folder / "compression.json")
+    path = folder / "recipe.yaml"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    if not text and record.get("recipe"):
+        text = yaml.safe_dump(record["recipe"], sort_keys=False)
+    by_metric = {result.metric: result for result in results}
+    return Measured(
+        folder=folder,
+        name=str(record.get("name") or folder.resolve().name),
+        record=record,
+        recipe=text,
+        stages=_stages(record, text, path),
+        results=by_metric,
+        size=_size(folder, record, by_metric.get("size_bytes")),
+    )
+
+
+def with_unique_names(checkpoints: Sequence[Measured]) -> list[Measured]:
+    """Checkpoints that share a name are called by their folders."""
+    names = [checkpoint.name for checkpoint in checkpoints]
+    return [
+        replace(checkpoint, name=str(checkpoint.folder))
+        if names.count(checkpoint.name) > 1
+        else checkpoint
+        for checkpoint in checkpoints
+    ]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON; run `compress apply` again") from error
+    if not isinstance(record, dict):
+        raise CheckpointError(f"{path}: not a JSON object; run `compress apply` again")
+    return record
+
+
+def _stages(record: dict[str, Any], text: str, path: Path) -> list[dict[str, Any]]:
+    recipe = record.get("recipe")
+    if recipe is None and text:
+        try:
+            recipe = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise CheckpointError(f"{path}: not YAML; run `compress apply` again") from error
+    stages = recipe.get("stages") if isinstance(recipe, dict) else None
+    return [stage for stage in stages or [] if isinstance(stage, dict)]
+
+
+def _size(folder: Path, record: dict[str, Any], measured: Result | None) -> float | None:
+    """Measured, else recorded, else summed over the folder's files."""
+    if measured is not None and measured.value:
+        return measured.value
+    recorded = record.get("bytes", {}).get("disk")
+    return recorded or sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None
+
+
+def _stage_line(stage: dict[str, Any]) -> str:
+    settings = [
+        f"{key}={value}"
+        for key, value in stage.items()
+        if key not in WHERE and value and not isinstance(value, dict | list)
+    ]
+    return " ".join([str(stage.get("use", "?")), *settings])

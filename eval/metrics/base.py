@@ -1,0 +1,253 @@
+"""What a metric is, and what it is given: one checkpoint, its original, and evaluation text."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import PreTrainedModel
+
+from compress import checkpoint
+from compress.data import Windows, windows
+from compress.errors import DataError, ModelError, NotMeasurable
+from eval.results import Result
+
+DEFAULT_LENGTH = 256
+ANY_MODEL = "size_bytes, bits_per_param and peak_memory"  # what every model has
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure: shared by all metrics of one run.
+
+    samples  windows of evaluation text
+    length   tokens of a window; None is 256, or what the model takes if that is less
+    stride   None: windows do not overlap. s < length: windows start s tokens apart, and each
+             predicts only its last s tokens, the rest being context
+    batch    windows in one forward pass, at most (fewer when the vocabulary is large)
+    seed     which documents come first, and which tokens are masked
+    threads  CPU threads while speed is measured
+    """
+
+    samples: int = 128
+    length: int | None = None
+    stride: int | None = None
+    batch: int = 16
+    seed: int = 0
+    threads: int = 1
+
+
+def load_model(name: str) -> PreTrainedModel:
+    """Load a checkpoint, onto the GPU when there is one."""
+    model = checkpoint.load(name)
+    if torch.cuda.is_available() and model.device.type == "cpu":
+        model.to("cuda")  # type: ignore[arg-type]
+    return model
+
+
+@dataclass
+class Context:
+    """One checkpoint under measurement. Everything costly is made when first read, then kept.
+
+    ``cache`` belongs to this checkpoint; ``shared`` is one for all checkpoints of a run, so that
+    what concerns the original is done once.
+    """
+
+    folder: str
+    data: str | None = None
+    original: str | None = None
+    settings: Settings = field(default_factory=Settings)
+    load_original: Callable[[str], PreTrainedModel] = load_model
+    cache: dict[str, Any] = field(default_factory=dict)
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+    @cached_property
+    def path(self) -> Path:
+        """Where the checkpoint lies on disk, for "demo" and hub ids too."""
+        return checkpoint.resolve(self.folder)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """``config.json`` as it is written; empty when there is none."""
+        return read_config(self.path)
+
+    @property
+    def positions(self) -> int | None:
+        """The most tokens that the model takes at once; None when its config does not say."""
+        config = self.config.get("text_config", self.config)
+        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+            if isinstance(config.get(key), int):
+                return config[key]
+        return None
+
+    @cached_property
+    def length(self) -> int:
+        """Tokens of a window.
+
+        Raises:
+            DataError: the settings ask for a longer window than the model takes.
+        """
+        # Encoder and decoder see half a window each.
+        halves = 2 if self.config.get("is_encoder_decoder") else 1
+        limit = self.positions * halves if self.positions else None
+        wanted = self.settings.length
+        if wanted is None:
+            return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
+        if limit is not None and wanted > limit:
+            raise DataError(
+                f"{self.folder}: windows of {wanted} tokens, but the model takes {limit}; "
+                f"choose a length of {limit} or less"
+            )
+        return wanted
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The checkpoint's model, in eval mode."""
+        return load_model(self.folder)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer; None when the folder has none."""
+        return checkpoint.load_tokenizer(self.folder)
+
+    @property
+    def is_original(self) -> bool:
+        """Whether the checkpoint is the very model that others are compared with."""
+        return self.original is not None and checkpoint.resolve(self.original) == self.path
+
+    @cached_property
+    def reference(self) -> PreTrainedModel | None:
+        """The dense original; None when it is not known.
+
+        Raises:
+            ModelError: it has another vocabulary, so that nothing can be compared.
+        """
+        if self.original is None:
+            return None
+        if self.is_original:
+            return self.model
+        theirs = checkpoint.load_tokenizer(self.original)
+        if theirs and self.tokenizer and theirs.get_vocab() != self.tokenizer.get_vocab():
+            raise ModelError(
+                f"{self.folder} and its original {self.original} have different vocabularies; "
+                "compare with a model of the same tokenizer"
+            )
+        return self.load_original(self.original)
+
+    @cached_property
+    def windows(self) -> Windows:
+        """Evaluation text, in the checkpoint's own tokens.
+
+        Raises:
+            NotMeasurable: the checkpoint has no tokenizer.
+            DataError: no text was named, or it cannot be read.
+        """
+        if self.tokenizer is None:
+            kind = ", ".join(self.config.get("architectures") or ["a model"])
+            raise NotMeasurable(
+                f"{self.folder}: {kind} without a tokenizer, so it cannot be given text; "
+                f"it can be measured by {ANY_MODEL}"
+            )
+        if self.data is None:
+            raise DataError(f"{self.folder}: which text to measure on? give --data")
+        return windows(
+            self.data,
+            self.tokenizer,
+            part="evaluation",
+            samples=self.settings.samples,
+            length=self.length,
+            seed=self.settings.seed,
+        )
+
+    def fingerprint(self, name: str) -> str:
+        """The fingerprint of a checkpoint's weights, read from disk once in a run."""
+        key = ("fingerprint", name)
+        if key not in self.shared:
+            self.shared[key] = fingerprint(checkpoint.resolve(name))
+        return self.shared[key]
+
+
+class Metric(ABC):
+    """One number about one checkpoint. Subclasses are plug-ins, made without arguments."""
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    higher_is_better: ClassVar[bool | None] = None
+    needs_reference: ClassVar[bool] = False
+    """Without the original there is no value."""
+    beside_original: ClassVar[bool] = False
+    """The original is measured too, when there is one, and stands in ``detail``."""
+    needs_data: ClassVar[bool] = False
+    """The value depends on the evaluation text."""
+
+    @abstractmethod
+    def measure(self, context: Context) -> Result:
+        """Measure. Implementations end with ``return self.result(context, value, …)``.
+
+        Raises:
+            NotMeasurable: the metric does not exist for this model.
+        """
+
+    def setup(self, context: Context) -> dict[str, Any]:
+        """Whatever else the value depends on. Must not load the model: it is read to find out
+        whether an earlier row can be used again."""
+        return {}
+
+    def conditions(self, context: Context) -> dict[str, Any]:
+        """The fields ``data`` and ``setup`` of a row measured now."""
+        setup = {"weights": context.fingerprint(context.folder)}
+        if (self.needs_reference or self.beside_original) and context.original is not None:
+            setup["original"] = context.fingerprint(context.original)
+        return {
+            "data": context.windows.describe() if self.needs_data else {},
+            "setup": setup | self.setup(context),
+        }
+
+    def result(self, context: Context, value: float | None, **fields: Any) -> Result:
+        """A row; ``fields`` are those of :class:`Result` that are not filled in here."""
+        return Result(
+            checkpoint=context.folder,
+            metric=self.name,
+            value=value,
+            unit=self.unit,
+            versions=versions(),
+            **self.conditions(context),
+            **fields,
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a folder; empty when there is none, as beside a bare adapter."""
+    file = folder / "config.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a folder's weights and configuration, its first 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*config.json"))]:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """What the numbers were made with."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "compresskit"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            found[package] = "unknown"
+    return found

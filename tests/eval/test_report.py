@@ -1,0 +1,386 @@
+"""The report of a family of made-up checkpoints: what it says, that it stands alone, that it works.
+
+The numbers are drawn, but ordered as real ones are: 8 bits cost nothing, 2 bits ruin the model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from compress.errors import CheckpointError, DataError
+from eval.chart import WIDTH, Point, bytes_text, pareto, specification
+from eval.labels import place
+from eval.measured import read_checkpoint
+from eval.report import write_report
+from eval.results import Result, write
+from eval.table import gap, number, plus_minus, share
+
+ORIGINAL = 2_892_912
+ROLES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+WINDOWS = 64
+TEXT = {"name": "demo", "part": "evaluation", "hash": "5be1c0ffee1234ab", "windows": WINDOWS,
+        "length": 256}  # fmt: skip
+FAMILIES = {"int8": "quantization", "nf4": "quantization", "rtn": "quantization",
+            "magnitude": "pruning", "svd": "low-rank", "lora": "distillation",
+            "distill": "distillation"}  # fmt: skip
+VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0"}
+PROMPT = "class Stack:\n    def __init__(self"
+WRITTEN = ", items=None):\n        self.items = list(items or [])\n\n    def push(self, item):\n"
+SAMPLE: dict[str, tuple[int, float, float, list[dict[str, Any]]]] = {
+    "int8": (1_533_000, 0.0004, 0.012, [{"use": "int8"}]),
+    "nf4": (930_000, 0.031, 0.07, [{"use": "nf4", "group": 64}]),
+    "rtn-4": (905_000, 0.048, 0.09, [{"use": "rtn", "bits": 4, "group": 64, "symmetric": False}]),
+    "rtn-2": (580_000, 5.2, 1.4, [{"use": "rtn", "bits": 2, "group": 64}]),
+    "magnitude-50": (1_640_000, 0.41, 0.3, [{"use": "magnitude", "sparsity": 0.5}]),
+    "svd-50": (1_720_000, 0.93, 0.45, [{"use": "svd", "ratio": 0.5}]),
+    "svd-50-lora": (
+        1_740_000, 0.22, 0.45, [{"use": "svd", "ratio": 0.5}, {"use": "lora", "rank": 8}]
+    ),
+    "half-width-distilled": (1_450_000, 0.12, 0.0, [{"use": "distill", "steps": 2000}]),
+    "magnitude-50-rtn-4": (
+        760_000, 0.52, 0.35, [{"use": "magnitude", "sparsity": 0.5}, {"use": "rtn", "bits": 4}]
+    ),
+}  # fmt: skip
+
+
+def results(folder: Path, size: float, loss: float, base: list[float]) -> list[Result]:
+    """All metrics of one checkpoint whose nll is ``loss`` above ``base``."""
+    noise = random.Random(folder.name)
+    spread = 0.0 if loss == 0 else 0.004 + 0.1 * loss
+    samples = [value + loss + noise.gauss(0, spread) for value in base]
+    nll = sum(samples) / len(samples)
+
+    def row(metric: str, value: float | None, unit: str, **more: Any) -> Result:
+        return Result(checkpoint=str(folder), metric=metric, value=value, unit=unit,
+                      versions=VERSIONS, **more)  # fmt: skip
+
+    cut = len(WRITTEN) if loss < 0.001 else noise.randrange(5, 40)
+    text = {"prompt": PROMPT, "completion": WRITTEN[:cut] + WRITTEN[cut:][::-1]}
+    prefill, decode = 5200 * noise.uniform(0.6, 1.1), 310 * noise.uniform(0.7, 1.6)
+    return [
+        row("nll", nll, "nats/token", stderr=0.03, samples=samples, data=TEXT,
+            setup={"seed": 0, "weights": folder.name}),
+        row("perplexity", 2.718281828**nll, "perplexity", data=TEXT),
+        row("bits_per_byte", nll / 2.4, "bits/byte", data=TEXT),
+        row("kl", loss * 0.9, "nats/token", data=TEXT),
+        row("top1_agreement", max(0.04, 1 - 0.35 * loss**0.5), "share", data=TEXT),
+        row("size_bytes", size, "bytes"),
+        row("bits_per_param", 8 * size / 1_438_208, "bits/parameter"),
+        row("prefill_tokens_per_s", prefill, "tokens/s", detail={"ratio": prefill / 5200}),
+        row("decode_tokens_per_s", decode, "tokens/s", detail={"ratio": decode / 310}),
+        row("generation", None, "share", detail={"texts": [text]}),
+    ]  # fmt: skip
+
+
+def record(name: str, size: float, error: float, stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """A ``compression.json``."""
+    noise = random.Random(name)
+    places = [(f"layers.{block}.{role}", role, block) for block in range(6) for role in ROLES]
+    sites = [
+        {"name": name, "role": role, "block": block, "shape": [128, 128], "stage": stage["use"],
+         "kind": "quantized", "bytes": int(32768 * size / ORIGINAL), "bytes_before": 32768,
+         "relative_error": error * noise.uniform(0.3, 1) if error else None}
+        for stage in stages
+        for name, role, block in [*places, ("embed_tokens", "embed", None)]
+    ]  # fmt: skip
+    return {
+        "format": 1,
+        "base": {"model": "demo", "hash": "ab12cd34", "bytes": 2876416, "parameters": 1438208},
+        "seed": 0, "recipe": {"model": "demo", "seed": 0, "stages": stages}, "name": name,
+        "sites": sites, "versions": VERSIONS | {"compresskit": "0.1.0"},
+        "families": {stage["use"]: FAMILIES.get(stage["use"], "other") for stage in stages},
+        "bytes": {"disk": size, "original": ORIGINAL, "ideal": size, "loaded": 2876416},
+    }  # fmt: skip
+
+
+def make(root: Path, name: str, *, title: str | None = None) -> Path:
+    """The folder of one checkpoint of ``SAMPLE``, or of the plain original."""
+    folder = root / name
+    folder.mkdir(parents=True)
+    rolls = random.Random(7)
+    base = [rolls.gauss(2.1, 0.4) for _ in range(WINDOWS)]
+    if name not in SAMPLE:
+        (folder / "model.safetensors").write_bytes(bytes(ORIGINAL))
+        rows = results(folder, ORIGINAL, 0.0, base)
+        write(folder, [row for row in rows if row.metric != "size_bytes"])
+        return folder
+    size, loss, error, stages = SAMPLE[name]
+    made = record(title or name, size, error, stages)
+    (folder / "compression.json").write_text(json.dumps(made))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(made["recipe"], sort_keys=False))
+    write(folder, results(folder, size, loss, base))
+    return folder
+
+
+def make_all(root: Path) -> list[Path]:
+    """The original and everything made of it."""
+    return [make(root, name) for name in ("pycoder-1m", *SAMPLE)]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("report")
+    out = root / "report.html"
+    assert write_report(make_all(root), out) == [out, root / "report.md", root / "report.png"]
+    return out
+
+
+@pytest.fixture(autouse=True)
+def one_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chart at every width takes seconds; the shared ``report`` has them all."""
+    monkeypatch.setattr("eval.report.WIDTHS", (WIDTH,))
+
+
+def test_the_page_refers_to_nothing_outside(report: Path) -> None:
+    text = report.read_text()
+    page = re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert text.count("<script>") == text.count("</script>") == 2
+    assert "<link" not in page
+    assert "@import" not in text
+    assert not re.search(r"""\b(src|href)\s*=\s*["']?https?:""", text)
+    assert not re.search(r"url\(\s*[\"']?https?:", text)
+
+
+def test_page_and_markdown_name_every_checkpoint(report: Path) -> None:
+    page, markdown = report.read_text(), report.with_suffix(".md").read_text()
+    specs = json.loads(re.search(r"const specs = (.*);\n", page)[1])  # type: ignore[index]
+    for name in ("pycoder-1m", *SAMPLE):
+        assert f"<b>{name}</b>" in page
+        assert f"| {name} |" in markdown
+        for scheme in specs.values():
+            for spec in scheme.values():
+                (row,) = [row for row in spec["data"]["values"] if row["name"] == name]
+                assert row["size"] == (SAMPLE[name][0] if name in SAMPLE else ORIGINAL)
+
+
+def test_the_story_is_told_from_the_data(report: Path) -> None:
+    page = report.read_text()
+    assert "int8 takes 53% of the original’s bytes, with no measurable difference in nll." in page
+    assert re.search(r"Best within half the bytes\s+<b>nf4</b>", page)
+    assert "healed low-rank" in page
+    assert "svd ratio=0.5 → lora rank=8" in page
+    assert "compress apply" in page
+    assert "hash 5be1c0ffee1234ab" in page
+    assert "torch 2.13.0" in page
+    assert "Peak memory" not in page  # no checkpoint has it
+
+
+def test_markdown_is_complete(report: Path) -> None:
+    markdown = report.with_suffix(".md").read_text()
+    assert "![Quality against size](report.png)" in markdown
+    header, rule, *rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert len(rows) == 1 + len(SAMPLE)
+    assert {line.count("|") for line in (header, rule, *rows)} == {header.count("|")}
+    assert "```yaml\nmodel: demo" in markdown
+    assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_results_say_what_to_run(tmp_path: Path) -> None:
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"bare: no results; run `compress eval .*bare` first"
+    ):
+        write_report([folder], tmp_path / "report.html")
+    assert not list(tmp_path.glob("report.*"))
+
+
+def test_results_without_quality_are_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path, "int8")
+    (folder / "results.jsonl").unlink()
+    write(folder, [Result(checkpoint="int8", metric="size_bytes", value=9, unit="bytes")])
+    with pytest.raises(CheckpointError, match="no checkpoint has a quality to chart"):
+        write_report([folder], tmp_path / "report.html")
+
+
+def test_out_must_be_html(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"must end in \.html"):
+        write_report([make(tmp_path, "int8")], tmp_path / "report.pdf")
+
+
+def test_a_hostile_name_stays_text(tmp_path: Path) -> None:
+    name = "</script><img src=x onerror=alert(1)>|`*"
+    folders = [make(tmp_path, "pycoder-1m"), make(tmp_path, "int8", title=name)]
+    page, markdown, _ = write_report(folders, tmp_path / "report.html")
+    assert "<img src=x" not in page.read_text()
+    assert page.read_text().count("</script>") == 2
+    assert "<img" not in markdown.read_text().replace("\\<", "")
+
+
+def test_a_baseline_outside_the_folders_is_added(tmp_path: Path) -> None:
+    folders = [make(tmp_path, "rtn-4"), make(tmp_path, "nf4")]
+    base = make(tmp_path, "svd-50")
+    page, *_ = write_report(folders, tmp_path / "report.html", baseline=base)
+    assert "Differences are to svd-50" in page.read_text()
+
+
+def test_a_single_checkpoint_is_a_report_too(tmp_path: Path) -> None:
+    page, *_ = write_report([make(tmp_path, "int8")], tmp_path / "report.html")
+    assert "None of these checkpoints is smaller than int8." in page.read_text()
+
+
+def test_other_text_is_not_compared(tmp_path: Path) -> None:
+    folders = [make(tmp_path, name) for name in ("pycoder-1m", "int8", "nf4")]
+    path = folders[2] / "results.jsonl"
+    path.write_text(path.read_text().replace("5be1c0ffee1234ab", "0ther"))
+    page, *_ = write_report(folders, tmp_path / "report.html")
+    assert re.search(r"Not in the chart: .*nf4.* measured on different text", page.read_text())
+
+
+def test_ruined_and_foreign_metrics_are_shown(tmp_path: Path) -> None:
+    folders = [make(tmp_path, name) for name in ("pycoder-1m", "int8", "rtn-2")]
+    broken = Result(checkpoint="rtn-2", metric="nll", value=float("nan"), unit="nats/token")
+    own = Result(checkpoint="int8", metric="carbon", value=12.5, unit="grams")
+    write(folders[1], [own])
+    with (folders[2] / "results.jsonl").open("a") as file:
+        file.write(json.dumps(broken.model_dump()) + "\n")
+    page, *_ = write_report(folders, tmp_path / "report.html")
+    text = page.read_text()
+    assert "not a number" in text
+    assert "Not in the chart: rtn-2" in text
+    assert re.search(r'title="grams"><button type="button">carbon<', text)
+
+
+def test_higher_can_be_better(tmp_path: Path) -> None:
+    folders = [make(tmp_path, name) for name in ("pycoder-1m", "int8", "nf4", "rtn-2")]
+    page, *_ = write_report(folders, tmp_path / "report.html", metric="top1_agreement")
+    assert "Higher is better" in page.read_text()
+    assert "Δ top1_agreement" in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("uses", "family"),
+    [
+        ([], "original"),
+        (["rtn"], "quantization"),
+        (["svd", "lora"], "healed low-rank"),
+        (["lora", "distill"], "distillation"),
+        (["magnitude", "rtn", "lora"], "chain"),
+        (["wishful"], "other"),
+    ],
+)
+def test_families(tmp_path: Path, uses: list[str], family: str) -> None:
+    folder = make(tmp_path, "int8")
+    stages = [{"use": use} for use in uses]
+    made = record("int8", 1.0, 0.1, stages)
+    (folder / "compression.json").write_text(json.dumps(made))
+    assert read_checkpoint(folder).family == family
+
+
+def test_the_last_record_of_a_site_counts(tmp_path: Path) -> None:
+    folder = make(tmp_path, "int8")
+    site = {"name": "q", "role": "q_proj", "block": 0}
+    first = site | {"bytes": 50, "bytes_before": 100, "relative_error": 0.5}
+    last = site | {"bytes": 20, "bytes_before": 50, "relative_error": 0.25}
+    (folder / "compression.json").write_text(json.dumps({"sites": [first, last]}))
+    checkpoint = read_checkpoint(folder)
+    assert checkpoint.final_sites == [last | {"bytes_before": 100}]
+    assert checkpoint.relative_error_max == 0.25
+
+
+def test_same_names_are_told_apart(tmp_path: Path) -> None:
+    folders = [make(tmp_path / "a", "int8"), make(tmp_path / "b", "int8")]
+    page, *_ = write_report(folders, tmp_path / "report.html")
+    assert all(f"<b>{folder}</b>" in page.read_text() for folder in folders)
+
+
+def test_gap_without_samples_is_not_paired() -> None:
+    a = Result(checkpoint="a", metric="perplexity", value=8.5, stderr=0.2, unit="perplexity")
+    b = a.model_copy(update={"checkpoint": "b", "value": 8.0})
+    assert (gap(a, b).mean, gap(a, b).stderr, gap(a, b).verdict) == (0.5, 0.2, "")
+    with pytest.raises(DataError, match="other text"):
+        gap(a, b.model_copy(update={"data": {"hash": "x"}}))
+
+
+def test_numbers_as_people_write_them() -> None:
+    assert [bytes_text(n) for n in (12, 999.7, 1_234_000, 15e9)] == [
+        "12 bytes", "1 kB", "1.23 MB", "15 GB",
+    ]  # fmt: skip
+    assert plus_minus(0.04812, 0.00143) == "+0.0481 ± 0.0014"
+    assert plus_minus(-0.3, 0.0) == "−0.3"
+    assert [share(v) for v in (0.533, 0.99987, 1.0)] == ["53.3%", ">99.9%", "100%"]
+    assert [number(v) for v in (1472.3, 7.974, float("inf"))] == ["1,472", "7.974", "∞"]
+
+
+def points() -> list[Point]:
+    names = [*SAMPLE, "original"]
+    sizes = [*(SAMPLE[name][0] for name in SAMPLE), ORIGINAL]
+    losses = [*(SAMPLE[name][1] for name in SAMPLE), 0.0]
+    return [
+        Point(name, "quantization", size, loss, 0.01 * loss, {})
+        for name, size, loss in zip(names, sizes, losses, strict=True)
+    ]
+
+
+def test_pareto_against_the_definition() -> None:
+    every = points()
+    best = {
+        p.name
+        for p in every
+        if not any(q.size <= p.size and q.difference <= p.difference and q is not p for q in every)
+    }
+    assert {p.name for p in pareto(every)} == best
+    assert [p.size for p in pareto(every)] == sorted(p.size for p in pareto(every))
+
+
+@pytest.mark.parametrize("width", [280, 400, 1000])
+def test_names_cover_neither_each_other_nor_points(width: int) -> None:
+    every = points()
+    spec = specification(every, title=["a", "b"], reference_size=ORIGINAL, width=width)
+    assert sum("align" in row for row in spec["data"]["values"]) >= len(every) - 1
+
+
+def test_places_do_not_overlap() -> None:
+    spots = [(50.0, 50.0), (60.0, 52.0), (55.0, 60.0), (190.0, 50.0)]
+    texts = ["first", "second", "third", "at the edge"]
+    chosen = place(spots, texts, [], 200, 100)
+    boxes = [p.box(*s, t) for p, s, t in zip(chosen, spots, texts, strict=True) if p]
+    assert len(boxes) == 4
+    assert not any(a.overlap(b) for a in boxes for b in boxes if a is not b)
+    assert all(box.left >= 0 and box.right <= 200 for box in boxes)
+
+
+CHROMIUM = shutil.which("chromium")
+
+
+def chromium(page: Path, profile: Path, *options: str) -> str:
+    assert CHROMIUM
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+               "--disable-background-networking", "--disable-component-update", "--disable-sync",
+               "--window-size=1280,2400", f"--user-data-dir={profile}", *options,
+               page.as_uri()]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_the_page_works_in_a_browser(report: Path, tmp_path: Path) -> None:
+    page = tmp_path / "clicked.html"
+    clicks = """<script>
+      const size = [...document.querySelectorAll("#checkpoints thead button")]
+        .find(button => button.textContent === "Size");
+      size.click();
+      document.body.dataset.up = [...body.rows].map(row => row.cells[1].dataset.sort);
+      size.click();
+      document.body.dataset.down = [...body.rows].map(row => row.cells[1].dataset.sort);
+    </script></body>"""
+    page.write_text(report.read_text().replace("</body>\n</html>", clicks + "</html>"))
+    picture = tmp_path / "page.png"
+    dom = chromium(page, tmp_path / "profile", "--virtual-time-budget=5000", "--dump-dom")
+    chromium(page, tmp_path / "profile", "--virtual-time-budget=5000", f"--screenshot={picture}")
+    for name in ("pycoder-1m", *SAMPLE):
+        assert re.search(rf'<path aria-label="{name}: [^"]*Size', dom), name
+        assert re.search(rf"<text[^>]*>{name}</text>", dom), name
+    up = [float(v) for v in re.search(r'data-up="([^"]*)"', dom)[1].split(",")]  # type: ignore[index]
+    down = [float(v) for v in re.search(r'data-down="([^"]*)"', dom)[1].split(",")]  # type: ignore[index]
+    assert up == sorted(up) == down[::-1]
+    assert re.search(r'<th[^>]*aria-sort="descending"[^>]*><button type="button">Size', dom)
+    assert picture.stat().st_size > 50_000
