@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.moments import Moments
 from compress.weights import Dense, Weight
 
 
@@ -14,23 +15,37 @@ from compress.weights import Dense, Weight
 class LayerProblem:
     """Find Ŵ near W in what the layer puts out, for few bytes.
 
-    name    the site's module
-    weight  what is stored now; W is its dense matrix, float32 [out, in]
-    H       float32 [in, in], second moment of the inputs, X̂ᵀX̂ / T; None means the identity
+    name     the site's module
+    weight   what is stored now; W is its dense matrix, float32 [out, in]
+    moments  of the inputs X̂ that the layer reads in the partly compressed model; None without
+             data, which means H = I
+    goal     float32 [out, in], what Ŵ should be near instead of W: W corrected for the error that
+             X̂ carries from the layers before (see ``Moments.corrected``)
     """
 
     name: str
     weight: Weight
-    H: Tensor | None = None
+    moments: Moments | None = None
+    goal: Tensor | None = None
 
     @classmethod
     def of(cls, matrix: Tensor, H: Tensor | None = None, name: str = "matrix") -> LayerProblem:
-        """A problem made from a plain matrix [out, in]."""
-        return cls(name, Dense.of(matrix), H)
+        """A problem made from a plain matrix [out, in] and a second moment [in, in]."""
+        return cls(name, Dense.of(matrix), None if H is None else Moments(H))
 
     @property
     def W(self) -> Tensor:
         return self.weight.dense()
+
+    @property
+    def target(self) -> Tensor:
+        """float32 [out, in] that Ŵ approximates; W itself unless errors are corrected."""
+        return self.W if self.goal is None else self.goal
+
+    @property
+    def H(self) -> Tensor | None:
+        """float32 [in, in]: X̂ᵀX̂ / T, or None."""
+        return None if self.moments is None else self.moments.H
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,13 +61,13 @@ class LayerProblem:
 
 
 def relative_error(problem: LayerProblem, solution: Weight) -> float:
-    """tr((W − Ŵ) H (W − Ŵ)ᵀ) / tr(W H Wᵀ): the share of the output's energy that is wrong.
+    """tr((T − Ŵ) H (T − Ŵ)ᵀ) / tr(T H Tᵀ), T = target: the share of the output that is wrong.
 
     0 is exact, 1 is as bad as a zero weight. Without H it is ‖W − Ŵ‖² / ‖W‖².
     """
-    W = problem.W
-    change = W - solution.dense()
-    wrong, whole = _energy(change, problem.H), _energy(W, problem.H)
+    target = problem.target
+    wrong = _energy(target - solution.dense(), problem.H)
+    whole = _energy(target, problem.H)
     if whole == 0:
         return 0.0 if wrong == 0 else float("inf")
     return wrong / whole

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from compress.anatomy import Site, anatomize, select
 from compress.data import Windows
+from compress.moments import Moments
 from compress.problem import LayerProblem, relative_error
 from compress.weights import Dense, LowRank, Weight
 from compress.weights.modeling_compressed import Compressed, attach, attach_alias
@@ -95,13 +96,13 @@ class LayerCompressor(Compressor, ABC):
         """The right factor reads the inputs; the left reads what the right puts out."""
         assert isinstance(problem.weight, LowRank)
         left, right = problem.weight.left, problem.weight.right
-        H = problem.H
-        if H is not None:
+        moments = problem.moments
+        if moments is not None:
             B = right.dense()
-            H = B @ H @ B.T
+            moments = Moments(B @ moments.H @ B.T)
         return (
-            LayerProblem(problem.name + ".left", left, H),
-            LayerProblem(problem.name + ".right", right, problem.H),
+            LayerProblem(problem.name + ".left", left, moments),
+            LayerProblem(problem.name + ".right", right, problem.moments),
         )
 
     def __call__(self, matrix: Tensor, H: Tensor | None = None) -> Weight:
@@ -137,6 +138,29 @@ class LayerCompressor(Compressor, ABC):
             for alias in site.aliases:
                 attach_alias(model.get_submodule(alias), module)
         return errors
+
+
+class CalibratedCompressor(LayerCompressor, ABC):
+    """A layer method that looks at what the layer reads; with H = I it is its data-free self."""
+
+    propagate: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="how far to correct for the error of the layers before (0 not, 1 fully)",
+    )
+    loss_weighted: bool = Field(
+        False, description="weigh tokens by how much the loss depends on the layer's output"
+    )
+
+    @abstractmethod
+    def data_free(self) -> LayerCompressor:
+        """The method that this one must not do worse than, and falls back to."""
+
+    def compress(self, problem: LayerProblem) -> Weight:
+        if problem.moments is None:
+            return self.data_free().compress(problem)
+        return super().compress(problem)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from compress.compressors.pruning.magnitude import Magnitude, global_threshold
 from compress.compressors.quantization.int8 import Int8
 from compress.compressors.quantization.nf4 import NF4
 from compress.compressors.quantization.rtn import RTN
+from compress.moments import Moments
 from compress.problem import LayerProblem, relative_error
 from compress.weights import Dense, LowRank, Quantized
 
@@ -206,7 +207,7 @@ def test_problems_of_factors_see_the_inputs_they_read() -> None:
     X, W = normal(200, 24, seed=1), normal(16, 24)
     factors = SVD(rank=4)(W)
     assert isinstance(factors, LowRank)
-    problem = LayerProblem("site", factors, X.T @ X / 200)
+    problem = LayerProblem("site", factors, Moments(X.T @ X / 200))
     left, right = RTN()._factor_problems(problem)
     assert left.H is not None
     assert right.H is problem.H

@@ -1,0 +1,81 @@
+"""Second moments of what a layer reads, and what solvers compute from them.
+
+Sites that read one input share one ``Moments``, so that a factorization is made once for all.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+DAMPING = 0.01  # of the mean diagonal (GPTQ, arXiv 2210.17323)
+
+
+class Moments:
+    """H = X̂ᵀX̂ / T, float32 [in, in]; and G = X̂ᵀX / T with the original model's inputs X.
+
+    Both are sums over T tokens, weighted where the loss says that some tokens matter more.
+    """
+
+    def __init__(self, H: Tensor, G: Tensor | None = None) -> None:
+        self.H = H
+        self.G = G
+        self._factors: dict[bool, tuple[Tensor, Tensor]] = {}
+
+    @cached_property
+    def dead(self) -> Tensor:
+        """bool [in]: inputs that were always zero."""
+        return self.H.diagonal() == 0
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """float64 [in, in]: H + λI with λ = 0.01 · mean diagonal; positive definite.
+
+        Dead inputs have 1 on the diagonal. λ grows tenfold for as long as a Cholesky
+        factorization fails.
+        """
+        H = self.H.double()
+        diagonal = H.diagonal()
+        mean = diagonal[~self.dead].mean() if not self.dead.all() else torch.tensor(1.0)
+        H = H + torch.diag(self.dead.double() * mean)
+        strength = DAMPING * mean
+        while True:
+            damped = H + strength * torch.eye(len(H), dtype=torch.float64)
+            if torch.linalg.cholesky_ex(damped).info == 0:
+                return damped
+            strength = strength * 10
+
+    def inverse_factor(self, *, descending: bool = True) -> tuple[Tensor, Tensor]:
+        """An order of the inputs, int64 [in], and the float32 upper U with UᵀU = (H + λI)⁻¹ in it.
+
+        Descending: inputs with the largest H_jj come first, while most others are still free to
+        make up for their rounding.
+        """
+        if descending not in self._factors:
+            order = torch.arange(len(self.H))
+            if descending:
+                order = self.H.diagonal().argsort(descending=True, stable=True)
+            damped = self.damped[order][:, order]
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+            U = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+            self._factors[descending] = order, U.float()
+        return self._factors[descending]
+
+    @cached_property
+    def eigh(self) -> tuple[Tensor, Tensor]:
+        """float64 eigenvalues [in], ascending, and vectors [in, in] of H + λI."""
+        return torch.linalg.eigh(self.damped)
+
+    def corrected(self, W: Tensor, strength: float) -> Tensor:
+        """(1 − α) W + α W (Gᵀ + λI)(H + λI)⁻¹, float32: what W should be for the inputs X̂.
+
+        The least-squares answer to X̂ Ŵᵀ ≈ X Wᵀ, α of the way (QEP, arXiv 2504.09629).
+        """
+        if self.G is None or strength == 0:
+            return W
+        # W(Gᵀ+λI)(H+λI)⁻¹ = W + W(Gᵀ − H)(H+λI)⁻¹
+        change = (self.G.T - self.H).double()
+        step = torch.linalg.solve(self.damped, change.T @ W.double().T).T
+        return (W.double() + strength * step).float()
