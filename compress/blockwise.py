@@ -1,44 +1,63 @@
 """Running a model whose weights are on disk: the only hooks in the library.
 
 Each block is given its tensors right before it runs and loses them right after, so that memory
-holds one block at a time, whatever the architecture does with its blocks.
+holds one block at a time, whatever the architecture does with its blocks. Forward passes can be
+made to wait at every site, so that its weight is compressed before they go on with what it puts
+out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import greenlet
 import torch
 from torch import Tensor, nn
 
-from compress.anatomy import Anatomy, Block
+from compress import distributed
+from compress.anatomy import Anatomy, Block, Site
 from compress.memory import give_back
 from compress.store import Part
+from compress.weights import Weight
 
 
 @contextmanager
 def streamed(
-    skeleton: nn.Module, anatomy: Anatomy, read: Callable[[int], Part], dtype: torch.dtype
+    skeleton: nn.Module,
+    anatomy: Anatomy,
+    read: Callable[[int], Part],
+    dtype: torch.dtype,
+    runs: int = 1,
 ) -> Iterator[nn.Module]:
     """``skeleton`` (parameters on the meta device), made runnable while the context is open.
 
     ``read(number)`` gives block ``number``; compressed weights run as the dense matrices they
-    stand for, in ``dtype``.
+    stand for, in ``dtype``. A block stays until ``runs`` forward passes have gone through it.
     """
     handles = []
+    entered: Counter[int] = Counter()
+    inside: Counter[int] = Counter()
 
     def enter(number: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            fill(skeleton, anatomy, anatomy.blocks[number], read(number), dtype)
+            if not entered[number]:
+                fill(skeleton, anatomy, anatomy.blocks[number], read(number), dtype)
+            entered[number] += 1
+            inside[number] += 1
 
         return hook
 
     def leave(number: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            empty(skeleton, anatomy, anatomy.blocks[number])
-            give_back()
+            inside[number] -= 1
+            if not inside[number] and entered[number] >= runs:
+                entered[number] = 0
+                empty(skeleton, anatomy, anatomy.blocks[number])
+                give_back()
 
         return hook
 
@@ -56,6 +75,88 @@ def streamed(
             empty(skeleton, anatomy, block)
 
 
+@dataclass(frozen=True)
+class Stop:
+    """All forward passes that come to ``name`` wait there.
+
+    ``inputs`` holds for each model what the site reads, by number of batch.
+    """
+
+    name: str
+    inputs: tuple[dict[int, Tensor], ...]
+
+
+def stops(
+    models: Sequence[nn.Module],
+    forwards: Sequence[Callable[[nn.Module], Any]],
+    names: Sequence[str],
+) -> Generator[Stop, None, None]:
+    """Run ``forwards`` on every model, and stop wherever one of the sites reads its input.
+
+    All passes go on together, a site at a time, each waiting in a greenlet of its own. What the
+    caller does to the weights while they wait holds from there on, so every pass runs just once.
+    The passes end when the last of ``names`` was stopped at, before that site computes anything.
+    Several processes stop at the same sites; where none of a process' passes comes to, it has no
+    inputs.
+    """
+    place = {name: number for number, name in enumerate(names)}
+    hub = greenlet.getcurrent()
+    left = set(names)
+
+    def wait(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name in left:
+                hub.switch((name, args[0] if args else next(iter(kwargs.values()))))
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(wait(name), with_kwargs=True)
+        for model in models
+        for name in names
+    ]
+    waiting: dict[tuple[int, int], tuple[str, Tensor]] = {}
+    passes = {
+        (m, n): greenlet.greenlet(lambda model=model, forward=forward: (forward(model), None)[1])
+        for m, model in enumerate(models)
+        for n, forward in enumerate(forwards)
+    }
+
+    def go_on(key: tuple[int, int]) -> None:
+        waiting.pop(key, None)
+        with torch.no_grad():
+            at = passes[key].switch()
+        if at is not None:
+            waiting[key] = at
+
+    try:
+        for key in passes:
+            go_on(key)
+        while left:
+            nearest = min((place[at[0]] for at in waiting.values()), default=len(names))
+            nearest = distributed.least(nearest)
+            if nearest == len(names):
+                return
+            name = names[nearest]
+            here = [key for key, at in waiting.items() if at[0] == name]
+            inputs: tuple[dict[int, Tensor], ...] = tuple({} for _ in models)
+            for m, n in here:
+                inputs[m][n] = waiting[m, n][1]
+            yield Stop(name, inputs)
+            del inputs
+            left.discard(name)
+            if not left:
+                return
+            for key in here:
+                go_on(key)
+    finally:
+        for one in passes.values():
+            if one:
+                one.throw()
+        for handle in handles:
+            handle.remove()
+
+
 def fill(model: nn.Module, anatomy: Anatomy, block: Block, part: Part, dtype: torch.dtype) -> None:
     """Put the tensors of ``part`` where ``model`` keeps them, floating ones in ``dtype``."""
     for name, tensor in dense_tensors(block, part).items():
@@ -64,12 +165,15 @@ def fill(model: nn.Module, anatomy: Anatomy, block: Block, part: Part, dtype: to
 
 def dense_tensors(block: Block, part: Part) -> dict[str, Tensor]:
     """Every tensor of a block as the original model would hold it."""
-    tensors = dict(part.others)
-    for site in block.sites:
-        weight = part.weights[site.name]
-        matrix = weight.dense().to(weight.dtype)
-        tensors[site.parameter] = matrix.T.contiguous() if site.layout == "conv1d" else matrix
-    return tensors
+    return dict(part.others) | {
+        site.parameter: dense_tensor(site, part.weights[site.name]) for site in block.sites
+    }
+
+
+def dense_tensor(site: Site, weight: Weight) -> Tensor:
+    """The parameter of a site as the original model would hold it."""
+    matrix = weight.dense().to(weight.dtype)
+    return matrix.T.contiguous() if site.layout == "conv1d" else matrix
 
 
 def empty(model: nn.Module, anatomy: Anatomy, block: Block) -> None:

@@ -292,13 +292,13 @@ def _overrides(
 def _dry_run(recipe: Recipe, as_json: bool) -> None:
     from dataclasses import asdict
 
+    from compress.calibration import check_text
     from compress.preflight import preflight
-    from compress.run import check_training
     from compress.source import Source
 
     source = Source(recipe.model, untie=recipe.untie)
     plan = preflight(recipe, source)
-    check_training(recipe, source)
+    check_text(recipe, source)
     if as_json:
         print(json.dumps(asdict(plan)))
         return

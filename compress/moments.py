@@ -64,9 +64,11 @@ class Moments:
         return self._factors[descending]
 
     @cached_property
-    def eigh(self) -> tuple[Tensor, Tensor]:
-        """float64 eigenvalues [in], ascending, and vectors [in, in] of H + λI."""
-        return torch.linalg.eigh(self.damped)
+    def unit_eigh(self) -> tuple[Tensor, Tensor]:
+        """float32 eigenvalues [in] and vectors [in, in] of H + λI scaled to a unit diagonal."""
+        scale = self.damped.diagonal().sqrt()
+        values, vectors = torch.linalg.eigh(self.damped / torch.outer(scale, scale))
+        return values.float(), vectors.float()
 
     def corrected(self, W: Tensor, strength: float) -> Tensor:
         """(1 − α) W + α W (Gᵀ + λI)(H + λI)⁻¹, float32: what W should be for the inputs X̂.

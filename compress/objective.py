@@ -5,17 +5,22 @@ Training and evaluation ask the same questions of a model, so both build them he
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from compress.errors import NotMeasurable
+from compress.errors import DataError, NotMeasurable
 
 Family: TypeAlias = Literal["causal", "masked", "encoder-decoder", "other"]
 
 IGNORED = -100  # in targets: nothing is predicted here
+# Models whose first position is the one after the padding token's number.
+COUNT_FROM_PADDING = ("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl",
+                      "camembert", "longformer", "data2vec-text", "mpnet")  # fmt: skip
+WINDOW = 256  # tokens, unless something else is asked for
 MASKED_SHARE = 0.15  # as BERT was trained (arXiv 1810.04805)
 
 
@@ -61,6 +66,37 @@ def family(model: Any) -> Family:
     if not generates:
         return "other"
     return "encoder-decoder" if model.config.is_encoder_decoder else "causal"
+
+
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The most tokens of text that a model takes at once, or None when its config does not say.
+
+    ``config`` is the content of config.json. Of an encoder-decoder each half takes half a window.
+    """
+    own = config.get("text_config", config)
+    for key in ("max_position_embeddings", "n_positions", "n_ctx"):
+        if isinstance(own.get(key), int):
+            if own.get("model_type") in COUNT_FROM_PADDING:
+                return own[key] - (own.get("pad_token_id") or 0) - 1
+            return own[key] * (2 if config.get("is_encoder_decoder") else 1)
+    return None
+
+
+def window_length(config: Mapping[str, Any], wanted: int | None = None) -> int:
+    """``wanted``, or without a wish 256, or as many as the model takes.
+
+    Raises:
+        DataError: more is wanted than the model takes.
+    """
+    limit = context_length(config)
+    if wanted is None:
+        return min(WINDOW, limit or WINDOW)
+    if limit is not None and wanted > limit:
+        raise DataError(
+            f"windows of {wanted} tokens, but the model takes {limit}; "
+            f"choose a length of {limit} or less"
+        )
+    return wanted
 
 
 def causal(tokens: Tensor, token_bytes: Tensor, stride: int | None = None) -> Examples:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.anatomy import Site
+from compress.calibration import calibrates
 from compress.compressors.base import LayerCompressor, Shape, TrainingCompressor
 from compress.errors import CheckpointError
+from compress.objective import window_length
 from compress.recipe import Recipe, check_order
 from compress.source import Source
 
@@ -74,8 +76,10 @@ def _follow(
 def _memory(recipe: Recipe, source: Source, whole: int) -> int:
     """One block as stored, and about six float32 copies of its largest matrix while it is solved.
 
-    A training stage holds the model four times in float32 (weights, gradient, AdamW's two moments),
-    its best values, and the teacher.
+    A calibrated stage holds besides what all tokens have put out where they wait, about two hidden
+    states and two of the widest matrix' inputs each, in both models, and the moments of these
+    inputs with their factors. A training stage holds the model four times in float32 (weights,
+    gradient, AdamW's two moments), its best values, and the teacher.
     """
     training = any(isinstance(s.compressor, TrainingCompressor) for s in recipe.stages)
     if training:
@@ -85,7 +89,19 @@ def _memory(recipe: Recipe, source: Source, whole: int) -> int:
         stored = sum(site.nbytes for site in block.sites)
         largest = max((site.shape[0] * site.shape[1] for site in block.sites), default=0)
         streamed = max(streamed, 2 * stored + 6 * 4 * largest)
-    return streamed
+    return streamed + _activations(recipe, source)
+
+
+def _activations(recipe: Recipe, source: Source) -> int:
+    """What the passes over the calibration text hold, in float32."""
+    stages = [s for s in recipe.stages if calibrates(s, recipe, source)]
+    if not stages:
+        return 0
+    calibration = recipe.calibration
+    tokens = calibration.samples * window_length(source.config.to_dict(), calibration.length)
+    sites = [site for stage in stages for site in stage.sites(source.anatomy)]
+    widths = [site.shape[1] for site in sites if site.layout != "embedding"] or [0]
+    return 4 * (2 * tokens * (2 * min(widths) + 2 * max(widths)) + 8 * max(widths) ** 2)
 
 
 def _disk(recipe: Recipe, whole: int, after: int) -> int:

@@ -27,7 +27,9 @@ class Calibration(BaseModel):
 
     data: str = Field("", description="demo, a local file or folder, or name:config:split:column")
     samples: int = Field(128, ge=1, description="windows of text")
-    length: int = Field(512, ge=8, description="tokens in a window")
+    length: int | None = Field(
+        None, ge=8, description="tokens in a window; 256, or as many as the model takes"
+    )
 
 
 class Evaluation(BaseModel):

@@ -12,44 +12,40 @@ import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress import calibration, distributed
 from compress.assemble import assemble, take_back
 from compress.blockwise import streamed
+from compress.calibration import calibrates, check_text
 from compress.checkpoint import load, load_tokenizer, record
 from compress.compressors.base import LayerCompressor, TrainingCompressor, TrainingRun
-from compress.data import windows
-from compress.errors import CheckpointError, DataError, ModelError
+from compress.errors import CheckpointError, DataError
+from compress.events import Event
 from compress.formats import auto_classes
-from compress.memory import give_back
-from compress.objective import family
+from compress.layerwise import record as record_site
+from compress.layerwise import solve
 from compress.plain_load import observe
 from compress.preflight import check_disk, check_output, preflight
-from compress.problem import LayerProblem, relative_error
+from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
 from compress.source import Source
 from compress.store import Blocks, Part, Store
 from compress.verify import Verifier, probe_inputs
-from compress.workdir import disk_errors, finish, finished_stages, locked, mark, place, tidied
+from compress.workdir import (
+    disk_errors,
+    finish,
+    finished_stages,
+    locked,
+    mark,
+    place,
+    tidied,
+    work_folder,
+)
 from compress.writer import Writer, versions
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something a progress display can show: a step of ``label`` is done.
-
-    ``numbers`` holds seconds, losses and the like; the last event's ``result`` is the record.
-    """
-
-    label: str
-    done: int = 0
-    total: int = 0
-    numbers: dict[str, float] = field(default_factory=dict)
-    result: dict[str, Any] | None = None
 
 
 def run(
@@ -69,19 +65,22 @@ def run(
     Raises:
         CompressError: anything the user can put right; nothing is left at ``out`` then.
     """
+    if distributed.rank():
+        return (yield from _help(recipe, out))
     check_output(out, overwrite=overwrite)
     source = source or Source(recipe.model, untie=recipe.untie)
     needs = preflight(recipe, source)
-    check_training(recipe, source)
+    check_text(recipe, source)
     check_disk(out, needs.disk)
-    work = out.absolute().parent / f".{out.name}.work"
+    work = work_folder(out)
     with disk_errors(out), locked(work), _own(verifier) as checker, tidied(work):
         check_output(out, overwrite=overwrite)  # again: another run may have ended meanwhile
-        done = finished_stages(work, recipe, source.hash)
+        done = distributed.least(finished_stages(work, recipe, source.hash))
         before: Blocks = Store(work / f"stage-{done - 1}") if done else Original(source)
         for number, stage in list(enumerate(recipe.stages))[done:]:
             store = Store(work / f"stage-{number}")
             yield from _stage(number, stage, recipe, source, before, store)
+            distributed.wait()
             if isinstance(before, Store):
                 before.remove()
             before = store
@@ -93,8 +92,25 @@ def run(
         checked = checker.check(work / "draft")
         place(work / "draft", out)
         shutil.rmtree(work)
+        distributed.wait()
         yield Event("check", 2, 2, {"difference": checked["difference"]}, info)
     return info
+
+
+def _help(recipe: Recipe, out: Path) -> Generator[Event, None, dict[str, Any]]:
+    """What processes other than the first do: their share of calibrated stages, and wait."""
+    source = Source(recipe.model, untie=recipe.untie)
+    work = work_folder(out)
+    done = distributed.least(len(recipe.stages))
+    before: Blocks = Store(work / f"stage-{done - 1}") if done else Original(source)
+    for number, stage in list(enumerate(recipe.stages))[done:]:
+        store = Store(work / f"stage-{number}")
+        if calibrates(stage, recipe, source):
+            yield from solve(number, stage, recipe, source, before, store)
+        distributed.wait()
+        before = store
+    distributed.wait()
+    return record(out)
 
 
 def apply(recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
@@ -147,61 +163,8 @@ def _stage(
         report = yield from _train(number, stage, recipe, source, before, store)
     else:
         assert isinstance(stage.compressor, LayerCompressor)
-        yield from _solve(number, stage, source, before, store)
+        yield from solve(number, stage, recipe, source, before, store)
     finish(store.folder.parent, number, report)
-
-
-def _solve(
-    number: int, stage: Stage, source: Source, before: Blocks, store: Store
-) -> Iterator[Event]:
-    """One pass over the blocks: read, solve the stage's sites, write."""
-    compressor = stage.compressor
-    assert isinstance(compressor, LayerCompressor)
-    taken = {site.name for site in stage.sites(source.anatomy)}
-    blocks = source.anatomy.blocks
-
-    def problems() -> Iterator[LayerProblem]:
-        for i in range(len(blocks)):
-            part = before.read(i)
-            yield from (LayerProblem(n, w) for n, w in part.weights.items() if n in taken)
-
-    solver = compressor.prepare(problems)
-    for i, block in enumerate(blocks):
-        start = time.perf_counter()
-        if not store.has(i):
-            part = before.read(i)
-            for site in block.sites:
-                if site.name in taken:
-                    problem = LayerProblem(site.name, part.weights[site.name])
-                    weight = solver.compress(problem)
-                    part.weights[site.name] = weight
-                    part.records.append(_record(number, stage, site, problem, weight))
-            store.write(i, part)
-            del part
-            give_back()
-        yield Event(stage.use, i + 1, len(blocks), {"seconds": time.perf_counter() - start})
-
-
-def _record(
-    number: int, stage: Stage, site: Any, problem: LayerProblem, weight: Any
-) -> dict[str, Any]:
-    error = relative_error(problem, weight)
-    if not error < float("inf"):
-        raise ModelError(f"{stage.use} made a weight of {site.name} that is not finite")
-    return {
-        "number": number,
-        "stage": stage.use,
-        "name": site.name,
-        "role": site.role,
-        "block": site.block,
-        "shape": list(site.shape),
-        "kind": weight.kind,
-        "bytes_before": problem.weight.nbytes,
-        "bytes": weight.nbytes,
-        "relative_error": error,
-        "packs": stage.compressor.packs,
-        "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
-    }
 
 
 def _train(
@@ -216,15 +179,7 @@ def _train(
     compressor = stage.compressor
     assert isinstance(compressor, TrainingCompressor)
     samples, length = compressor.tokens()
-    tokenizer = load_tokenizer(source.folder)
-    text = windows(
-        recipe.data,
-        tokenizer,
-        part="calibration",
-        samples=samples,
-        length=length,
-        seed=recipe.seed,
-    )
+    text = calibration.text(recipe, source, samples, length)
     if len(text) < 2:
         raise DataError(f"{recipe.data}: one window of {length} tokens is too little to train on")
     chosen = stage.sites(source.anatomy)
@@ -239,7 +194,7 @@ def _train(
         teacher=lambda: load(source.folder, dtype=torch.float32),
         text=text,
         held=max(1, len(text) // 8),
-        tokenizer=tokenizer,
+        tokenizer=load_tokenizer(source.folder),
         sites=frozenset(s.name for s in chosen),
         all=frozenset(s.name for s in source.anatomy.sites),
         folder=store.folder,
@@ -260,7 +215,7 @@ def _train(
             changed = part.weights[site.name]
             if changed.kind != old.weights[site.name].kind:
                 problem = LayerProblem(site.name, old.weights[site.name])
-                part.records.append(_record(number, stage, site, problem, changed))
+                part.records.append(record_site(number, stage, site, problem, changed))
         store.write(i, part)
     (store.folder / "training.safetensors").unlink(missing_ok=True)
     return summary
@@ -293,34 +248,6 @@ def expect(source: Source, store: Blocks, recipe: Recipe) -> dict[str, Any]:
         "logits": logits,
         "dtype": str(dtype).split(".")[1],
     }
-
-
-def check_training(recipe: Recipe, source: Source) -> None:
-    """A stage that trains needs text, a tokenizer, and a model that predicts text.
-
-    Raises:
-        DataError, ModelError: before any work is done.
-    """
-    for stage in recipe.stages:
-        if not isinstance(stage.compressor, TrainingCompressor):
-            continue
-        if family(source.skeleton) == "other":
-            raise ModelError(
-                f"{stage.use} trains on text, which {source.model_class.__name__} does not predict"
-            )
-        if not recipe.data:
-            raise DataError(
-                f"{stage.use} needs text: set calibration.data in the recipe, or --data"
-            )
-        samples, length = stage.compressor.tokens()
-        windows(
-            recipe.data,
-            load_tokenizer(source.folder),
-            part="calibration",
-            samples=min(samples, 2),
-            length=length,
-            seed=recipe.seed,
-        )
 
 
 @contextmanager

@@ -22,6 +22,10 @@ from compress.recipe import Recipe
 from compress.writer import publish, versions
 
 
+def work_folder(out: Path) -> Path:
+    return out.absolute().parent / f".{out.name}.work"
+
+
 def finished_stages(work: Path, recipe: Recipe, model_hash: str) -> int:
     """How many stages an earlier run of this very recipe has done; other work is dropped."""
     key = hashlib.sha256(

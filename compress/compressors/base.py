@@ -143,6 +143,8 @@ class LayerCompressor(Compressor, ABC):
 class CalibratedCompressor(LayerCompressor, ABC):
     """A layer method that looks at what the layer reads; with H = I it is its data-free self."""
 
+    needs_text: ClassVar[bool] = True  # or else, without text, the data-free self is what is wanted
+
     propagate: float = Field(
         0.5,
         ge=0,
@@ -158,9 +160,18 @@ class CalibratedCompressor(LayerCompressor, ABC):
         """The method that this one must not do worse than, and falls back to."""
 
     def compress(self, problem: LayerProblem) -> Weight:
+        return self.best(problem)[0]
+
+    def best(self, problem: LayerProblem) -> tuple[Weight, str]:
+        """The solution and the name of the method that made it, by the problem's own measure."""
+        plain = self.data_free()
+        fallback = plain.compress(problem)
         if problem.moments is None:
-            return self.data_free().compress(problem)
-        return super().compress(problem)
+            return fallback, plain.name
+        weight = super().compress(problem)
+        if relative_error(problem, fallback) < relative_error(problem, weight):
+            return fallback, plain.name
+        return weight, self.name
 
 
 @dataclass(frozen=True)

@@ -57,19 +57,28 @@ def _quantized(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     The layout is compressed-tensors' ``pack-quantized``: integers q in [−2^(b−1), 2^(b−1)), weight
     = (q − zero_point) · scale; the last group of a row may be short.
     """
+    scale = tensors["weight_scale"]
+    group, columns = spec["group"], spec["shape"][1]
+    q = unpack_codes(spec, tensors).to(scale.dtype)
+    if "weight_zero_point" in tensors:
+        q = q - spread(zero_points(spec, tensors).to(scale.dtype), group, columns)
+    return q * spread(scale, group, columns)
+
+
+def unpack_codes(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """int8 [out, in] in [−2^(b−1), 2^(b−1))."""
     if unpack_from_int32 is None:
         raise ImportError("this checkpoint holds packed integers: pip install compressed-tensors")
-    bits, group, (rows, columns) = spec["bits"], spec["group"], spec["shape"]
-    scale = tensors["weight_scale"]
-    q = unpack_from_int32(tensors["weight_packed"], bits, torch.Size((rows, columns)))
-    q = q.to(scale.dtype)
-    if "weight_zero_point" in tensors:
-        # Packed along the rows. Transposed and copied first: of a single row of words, which any
-        # stride fits, compressed-tensors' own packed_dim=0 makes an error at 4 bits.
-        words = tensors["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
-        zero = unpack_from_int32(words, bits, torch.Size((scale.shape[1], rows))).T
-        q = q - spread(zero.to(scale.dtype), group, columns)
-    return q * spread(scale, group, columns)
+    return unpack_from_int32(tensors["weight_packed"], spec["bits"], torch.Size(spec["shape"]))
+
+
+def zero_points(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """int8 [out, groups] of a weight that is not symmetric."""
+    # Packed along the rows. Transposed and copied first: of a single row of words, which any
+    # stride fits, compressed-tensors' own packed_dim=0 makes an error at 4 bits.
+    words = tensors["weight_zero_point"].T.clone(memory_format=torch.contiguous_format)
+    shape = torch.Size((tensors["weight_scale"].shape[1], spec["shape"][0]))
+    return unpack_from_int32(words, spec["bits"], shape).T
 
 
 def spread(per_group: Tensor, group: int, columns: int) -> Tensor:

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from compress import checkpoint
 from compress.data import Windows, windows
 from compress.errors import DataError, ModelError, NotMeasurable
+from compress.objective import window_length
 from eval.results import Result
 
-DEFAULT_LENGTH = 256
 ANY_MODEL = "size_bytes, bits_per_param and peak_memory"  # what every model has
 
 
@@ -80,15 +80,6 @@ class Context:
         """``config.json`` as it is written; empty when there is none."""
         return read_config(self.path)
 
-    @property
-    def positions(self) -> int | None:
-        """The most tokens that the model takes at once; None when its config does not say."""
-        config = self.config.get("text_config", self.config)
-        for key in ("max_position_embeddings", "n_positions", "n_ctx"):
-            if isinstance(config.get(key), int):
-                return config[key]
-        return None
-
     @cached_property
     def length(self) -> int:
         """Tokens of a window.
@@ -96,18 +87,10 @@ class Context:
         Raises:
             DataError: the settings ask for a longer window than the model takes.
         """
-        # Encoder and decoder see half a window each.
-        halves = 2 if self.config.get("is_encoder_decoder") else 1
-        limit = self.positions * halves if self.positions else None
-        wanted = self.settings.length
-        if wanted is None:
-            return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-        if limit is not None and wanted > limit:
-            raise DataError(
-                f"{self.folder}: windows of {wanted} tokens, but the model takes {limit}; "
-                f"choose a length of {limit} or less"
-            )
-        return wanted
+        try:
+            return window_length(self.config, self.settings.length)
+        except DataError as error:
+            raise DataError(f"{self.folder}: {error}") from None
 
     @cached_property
     def model(self) -> PreTrainedModel:

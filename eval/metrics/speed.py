@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress.errors import NotMeasurable
-from compress.objective import family
+from compress.objective import context_length, family
 from eval.metrics.base import Context, Metric
 from eval.metrics.examples import made_up
 from eval.results import Result
@@ -98,7 +98,7 @@ class Decode(_Speed):
         return super().setup(context) | {"steps": self.steps}
 
     def _prompt(self, context: Context) -> int:
-        limit = context.positions or self.prompt + self.steps
+        limit = context_length(context.config) or self.prompt + self.steps
         return max(1, min(self.prompt, limit - self.steps))
 
     def measure(self, context: Context) -> Result:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from compress.compressors.base import LayerCompressor
-from compress.compressors.lowrank.svd import SVD, left_singular
+from compress.compressors.lowrank.svd import SVD
 from compress.compressors.pruning.magnitude import Magnitude, global_threshold
 from compress.compressors.quantization.int8 import Int8
 from compress.compressors.quantization.nf4 import NF4
@@ -125,16 +125,6 @@ def test_magnitude_refuses(wrong: dict[str, object]) -> None:
 # svd
 
 
-@pytest.mark.parametrize("shape", [(12, 40), (40, 12), (20, 20)])
-def test_singular_values_and_vectors_against_torch(shape: tuple[int, int]) -> None:
-    W = normal(*shape)
-    sigma, U = left_singular(W)
-    theirs_U, theirs, _ = torch.linalg.svd(W.double(), full_matrices=False)
-    torch.testing.assert_close(sigma, theirs, rtol=1e-8, atol=1e-12)
-    signs = (U * theirs_U).sum(0)  # vectors are the same but for their sign
-    torch.testing.assert_close(signs.abs(), torch.ones_like(signs), rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("shape", [(24, 60), (60, 24), (32, 32)])
 @pytest.mark.parametrize("rank", [1, 3, 10])
 def test_svd_error_is_the_energy_of_the_tail(shape: tuple[int, int], rank: int) -> None:
@@ -148,16 +138,10 @@ def test_svd_error_is_the_energy_of_the_tail(shape: tuple[int, int], rank: int) 
 
 
 def test_svd_shares_the_singular_values_between_the_factors() -> None:
-    weight = SVD(rank=4)(normal(24, 60))
+    weight = SVD(rank=4, pivoted=False)(normal(24, 60))
     assert isinstance(weight, LowRank)
     left, right = weight.left.dense(), weight.right.dense()
     torch.testing.assert_close(left.T @ left, right @ right.T, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("ratio", [0.1, 0.5, 0.9])
-def test_ratio_is_a_share_of_parameters(ratio: float) -> None:
-    weight = SVD(ratio=ratio)(normal(64, 96))
-    assert weight.parameters <= ratio * 64 * 96 < weight.parameters + 64 + 96
 
 
 @pytest.mark.parametrize("energy", [0.1, 0.5, 0.7])
@@ -192,7 +176,7 @@ def test_svd_of_less_than_full_rank_is_exact() -> None:
 @pytest.mark.parametrize("solver", [RTN(bits=4), RTN(bits=3, symmetric=False), NF4(), Int8()])
 def test_factors_are_rounded_each_for_itself(solver: LayerCompressor) -> None:
     W = normal(128, 192).bfloat16()
-    factors = SVD(ratio=0.5)(W)
+    factors = SVD(ratio=0.5, pivoted=False)(W)
     weight = solver.compress(LayerProblem("site", factors))
     assert isinstance(weight, LowRank)
     assert isinstance(factors, LowRank)

@@ -141,5 +141,5 @@ def test_an_entry_point_seen_twice_is_not_two(
 def test_unknown_names_have_a_suggestion() -> None:
     with pytest.raises(RecipeError, match="no compressor is called 'magnitud'; did you mean 'magn"):
         registry.get("magnitud")
-    with pytest.raises(RecipeError, match="choose from distill, int8, lora, "):
+    with pytest.raises(RecipeError, match=r"choose from .*distill, .*int8, .*lora, "):
         registry.get("zzz")

@@ -227,7 +227,7 @@ def test_wrong_files(tmp_path: Path) -> None:
 
 def test_defaults_are_filled_in() -> None:
     dumped = load_one({"stages": [{"use": "rtn"}]}).dump()
-    assert dumped["calibration"] == {"data": "demo", "samples": 128, "length": 512}
+    assert dumped["calibration"] == {"data": "demo", "samples": 128, "length": None}
     assert dumped["stages"] == [
         {"use": "rtn", "bits": 4, "group": 64, "symmetric": True, "targets": ["blocks"]}
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from tiny import normal
 from torch import Tensor
 
+from compress.compressors.pruning.masks import keep_n_of_m, keep_share
 from compress.errors import RecipeError
 from compress.testing import starting_weight
 from compress.weights import NF4, Dense, Int8, LowRank, Quantized, Sparse, Sum, Weight
@@ -75,9 +77,9 @@ def test_packed_integers_equal_what_compressed_tensors_reads(bits: int, symmetri
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.999])
 @pytest.mark.parametrize("per", ["layer", "row"])
-def test_keep_largest_against_sorting_by_hand(per: str, sparsity: float) -> None:
+def test_keep_share_against_sorting_by_hand(per: Literal["layer", "row"], sparsity: float) -> None:
     W = (normal(9, 21) * 40).round() / 4  # many ties
-    weight = Sparse.keep_largest(W, W.abs(), sparsity, per=per)
+    weight = Sparse.of(W, keep_share(W.abs(), sparsity, per))
     rows = [W.flatten().tolist()] if per == "layer" else W.tolist()
     for row, ours in zip(rows, weight.dense().view(len(rows), -1).tolist(), strict=True):
         order = sorted(range(len(row)), key=lambda i: (abs(row[i]), i))
@@ -88,7 +90,7 @@ def test_keep_largest_against_sorting_by_hand(per: str, sparsity: float) -> None
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (4, 8), (1, 2)])
 def test_keep_n_of_m_against_loops(n: int, m: int) -> None:
     W = (normal(5, 24) * 40).round() / 4 + 0.01
-    ours = Sparse.keep_n_of_m(W, W.abs(), n, m).dense()
+    ours = Sparse.of(W, keep_n_of_m(W.abs(), n, m)).dense()
     for row, kept in zip(W.tolist(), ours.tolist(), strict=True):
         for start in range(0, 24, m):
             order = sorted(range(start, start + m), key=lambda i: (-abs(row[i]), i))[:n]
@@ -98,7 +100,7 @@ def test_keep_n_of_m_against_loops(n: int, m: int) -> None:
 
 def test_a_pattern_that_does_not_divide_the_width_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"2:4 needs an input width divisible by 4.* 5×10"):
-        Sparse.keep_n_of_m(normal(5, 10), normal(5, 10), 2, 4)
+        keep_n_of_m(normal(5, 10), 2, 4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -43,10 +43,21 @@ def verifier() -> Iterator[Verifier]:
 
 @pytest.fixture
 def apply(verifier: Verifier, text: str, tmp_path: Path) -> Callable[..., Path]:
-    """``apply(model, stages, storage="compact")`` → the checkpoint folder, verified."""
+    """``apply(model, stages, storage="compact")`` → the checkpoint folder, verified.
 
-    def applied(model: Path, stages: list[dict[str, Any]], name: str = "out", **keys: Any) -> Path:
-        recipe = {"model": str(model), "calibration": {"data": text}, "stages": stages, **keys}
+    Text is given to what trains; to calibrated methods with ``calibrated=True``.
+    """
+
+    def applied(
+        model: Path,
+        stages: list[dict[str, Any]],
+        name: str = "out",
+        calibrated: bool = False,
+        **keys: Any,
+    ) -> Path:
+        recipe = {"model": str(model), "stages": stages, **keys}
+        if calibrated or any("steps" in stage for stage in stages):
+            recipe["calibration"] = {"data": text, "samples": 16}
         out = tmp_path / name
         runs.apply(recipes.load_one(recipe), out, verifier=verifier)
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(f".{name}")] == []

@@ -11,7 +11,7 @@ from eval.harness import evaluate
 from eval.metrics import get
 from eval.results import Result
 
-SCRIPT = '''
+SCRIPT = """
 import datasets
 import evaluate
 
@@ -26,7 +26,7 @@ class Accuracy(evaluate.Metric):
     def _compute(self, predictions, references):
         right = sum(p == r for p, r in zip(predictions, references))
         return {"accuracy": right / len(predictions), "count": len(predictions)}
-'''
+"""
 
 
 def test_a_local_script_measures_the_demo_model(tmp_path: Path) -> None:

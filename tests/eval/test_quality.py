@@ -171,8 +171,7 @@ def test_masked_tokens_are_drawn_by_the_seed(folders: dict[str, str], text: str)
     given = masked_context(folders, text)
     tokens, tokenizer = given.windows.tokens, given.tokenizer
     one, two, three = (
-        masked(tokens, given.windows.token_bytes, tokenizer, seed)
-        for seed in (0, 0, 1)
+        masked(tokens, given.windows.token_bytes, tokenizer, seed) for seed in (0, 0, 1)
     )
     assert one.targets is not None
     assert two.targets is not None

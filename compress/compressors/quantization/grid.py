@@ -35,17 +35,29 @@ class Grid:
 
     def codes(self, W: Tensor) -> Tensor:
         """Nearest grid points of W [out, in], as integers in [0, 2^bits)."""
-        s, z = self._spread(W.shape[1])
-        return _round(W, s, z, self.bits).to(torch.uint8)
+        s, z = self.spread(W.shape[1])
+        return self.round(W, s, z).to(torch.uint8)
 
     def values(self, codes: Tensor) -> Tensor:
         """float32 [out, in] that ``codes`` stand for."""
-        s, z = self._spread(codes.shape[1])
+        s, z = self.spread(codes.shape[1])
         return (codes.float() - z) * s
 
-    def _spread(self, columns: int) -> tuple[Tensor, Tensor]:
-        s = self.scale.float().repeat_interleave(self.group, 1)[:, :columns]
-        return s, self.zero.repeat_interleave(self.group, 1)[:, :columns]
+    def spread(self, columns: int) -> tuple[Tensor, Tensor]:
+        """Scale and zero-point of every weight, float32 [out, columns]."""
+        return self.stretch(self.scale.float(), columns), self.stretch(self.zero, columns)
+
+    def stretch(self, X: Tensor, columns: int) -> Tensor:
+        """One number a group → one a weight."""
+        return X.repeat_interleave(self.group, 1)[:, :columns]
+
+    def round(self, W: Tensor, s: Tensor, z: Tensor) -> Tensor:
+        """Nearest codes, still float, of weights with scales s and zero-points z."""
+        return _round(W, s, z, self.bits)
+
+    def storable(self, scale: Tensor) -> Tensor:
+        """Scales in the dtype of storage; one that would vanish becomes 1."""
+        return _storable(scale, self.scale.dtype).to(self.scale.dtype)
 
 
 def search_grid(

@@ -1,0 +1,65 @@
+"""The text that a recipe's stages read, and whether the model can read it."""
+
+from __future__ import annotations
+
+from compress.checkpoint import load_tokenizer
+from compress.compressors.base import CalibratedCompressor, TrainingCompressor
+from compress.data import Windows, windows
+from compress.errors import DataError, ModelError, NotMeasurable
+from compress.objective import family, window_length
+from compress.recipe import Recipe, Stage
+from compress.source import Source
+
+
+def calibrates(stage: Stage, recipe: Recipe, source: Source) -> bool:
+    """Whether a stage runs the model on text: it would, there is some, and the model reads it."""
+    if not isinstance(stage.compressor, CalibratedCompressor):
+        return False
+    try:
+        family(source.skeleton)
+    except NotMeasurable:
+        return False
+    return bool(recipe.data)
+
+
+def text(recipe: Recipe, source: Source, samples: int, length: int | None) -> Windows:
+    """``samples`` windows of the calibration part.
+
+    Raises:
+        DataError: no text, no tokenizer, or longer windows than the model takes.
+    """
+    return windows(
+        recipe.data,
+        load_tokenizer(source.folder),
+        part="calibration",
+        samples=samples,
+        length=window_length(source.config.to_dict(), length),
+        seed=recipe.seed,
+    )
+
+
+def check_text(recipe: Recipe, source: Source) -> None:
+    """What reads text must have it, and what trains on text a model that predicts it.
+
+    Raises:
+        DataError, ModelError: before any work is done.
+    """
+    for stage in recipe.stages:
+        compressor = stage.compressor
+        if isinstance(compressor, TrainingCompressor):
+            if family(source.skeleton) == "other":
+                name = source.model_class.__name__
+                raise ModelError(f"{stage.use} trains on text, which {name} does not predict")
+            wanted: tuple[int, int | None] = compressor.tokens()
+        elif isinstance(compressor, CalibratedCompressor):
+            if not compressor.needs_text and not calibrates(stage, recipe, source):
+                continue
+            family(source.skeleton)
+            wanted = 1, recipe.calibration.length
+        else:
+            continue
+        if not recipe.data:
+            raise DataError(
+                f"{stage.use} needs text: set calibration.data in the recipe, or --data"
+            )
+        text(recipe, source, min(wanted[0], 2), wanted[1])

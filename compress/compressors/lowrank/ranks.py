@@ -1,0 +1,57 @@
+"""A budget of bytes, shared out between matrices so that the sum of their errors is small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+STEPS = 60  # of the bisection: more than float64 can tell apart
+
+
+def allocate(options: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[int]:
+    """Choose one option for every matrix, within ``budget`` bytes in all.
+
+    ``options`` holds for each matrix (bytes, error), both [options], bytes ascending and errors
+    descending. For a price μ of a byte each matrix takes the least error + μ·bytes, which is the
+    least total error for the bytes that it comes to (Everett 1963). The lowest price that stays
+    within the budget is found by bisection; what is left then buys the steps that pay best. When
+    even the smallest options exceed the budget, these are chosen.
+    """
+    sizes = [size.double() for size, _ in options]
+    errors = [error.double() for _, error in options]
+    cheapest = max((float(error.max()) for error in errors), default=0.0)  # at which price all save
+
+    def at(price: float) -> list[int]:
+        return [int((e + price * s).argmin()) for s, e in zip(sizes, errors, strict=True)]
+
+    def total(chosen: list[int]) -> float:
+        return sum(float(s[c]) for s, c in zip(sizes, chosen, strict=True))
+
+    high, low = 2 * cheapest, cheapest * 1e-20
+    chosen = at(high)
+    for _ in range(STEPS):
+        middle = (high * low) ** 0.5
+        cheaper = at(middle)
+        if total(cheaper) <= budget:
+            high, chosen = middle, cheaper
+        else:
+            low = middle
+    return _spend(sizes, errors, chosen, budget - total(chosen))
+
+
+def _spend(sizes: list[Tensor], errors: list[Tensor], chosen: list[int], left: float) -> list[int]:
+    """Take the step that lowers the error most for its bytes, until none fits into ``left``."""
+    while True:
+        best, step = 0.0, (0, 0)
+        for i, (size, error, c) in enumerate(zip(sizes, errors, chosen, strict=True)):
+            extra = size[c + 1 :] - size[c]
+            gain = (error[c] - error[c + 1 :]) / extra
+            gain = gain.masked_fill(extra > left, 0)
+            if len(gain) and float(gain.max()) > best:
+                best, step = float(gain.max()), (i, c + 1 + int(gain.argmax()))
+        if best == 0:
+            return chosen
+        i, option = step
+        left -= float(sizes[i][option] - sizes[i][chosen[i]])
+        chosen[i] = option

@@ -1,0 +1,315 @@
+"""A stage of layer problems: every site solved once, block by block, with or without data.
+
+With data, the calibration text runs through the partly compressed model, and through the model as
+the stage found it, once each and together. Wherever a site reads its input, all passes wait: the
+moments of what they read make the site's problem, the answer goes into the compressed model, and
+the passes go on. So every site sees the inputs that it will have, and nothing is computed twice.
+Of several processes each runs its share of the text, and solves the problems of all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import distributed
+from compress.anatomy import Site
+from compress.assemble import assemble
+from compress.blockwise import Stop, dense_tensor, put, stops, streamed
+from compress.calibration import calibrates, text
+from compress.checkpoint import load_tokenizer
+from compress.compressors.base import CalibratedCompressor, LayerCompressor
+from compress.errors import DataError, ModelError
+from compress.events import Event
+from compress.memory import give_back
+from compress.moments import Moments
+from compress.objective import examples
+from compress.problem import LayerProblem, relative_error
+from compress.recipe import Recipe, Stage
+from compress.sensitivity import token_weights
+from compress.source import Source
+from compress.store import Blocks, Part, Store
+from compress.weights import Weight
+
+TOKENS = 8192  # in one forward pass
+
+
+def solve(
+    number: int, stage: Stage, recipe: Recipe, source: Source, before: Blocks, store: Store
+) -> Iterator[Event]:
+    """Write to ``store`` every block of ``before``, the stage's sites compressed.
+
+    Raises:
+        ModelError: a solution is not finite.
+    """
+    if calibrates(stage, recipe, source):
+        yield from _Calibrated(number, stage, recipe, source, before, store).events()
+    else:
+        yield from _without_data(number, stage, source, before, store)
+
+
+def _without_data(
+    number: int, stage: Stage, source: Source, before: Blocks, store: Store
+) -> Iterator[Event]:
+    """One pass over the blocks that are not there yet: read, solve, write."""
+    compressor = stage.compressor
+    assert isinstance(compressor, LayerCompressor)
+    taken = {site.name for site in stage.sites(source.anatomy)}
+    blocks = source.anatomy.blocks
+
+    def problems() -> Iterator[LayerProblem]:
+        for i in range(len(blocks)):
+            part = before.read(i)
+            yield from (LayerProblem(n, w) for n, w in part.weights.items() if n in taken)
+
+    solver = compressor.prepare(problems)
+    for i, block in enumerate(blocks):
+        start = time.perf_counter()
+        if store.has(i):
+            continue
+        part = before.read(i)
+        for site in block.sites:
+            if site.name in taken:
+                problem = LayerProblem(site.name, part.weights[site.name])
+                weight = solver.compress(problem)
+                part.weights[site.name] = weight
+                part.records.append(record(number, stage, site, problem, weight))
+        store.write(i, part)
+        del part
+        give_back()
+        yield Event(stage.use, i + 1, len(blocks), {"seconds": time.perf_counter() - start})
+
+
+def record(
+    number: int, stage: Stage, site: Site, problem: LayerProblem, weight: Weight
+) -> dict[str, Any]:
+    """What compression.json says of one site and stage.
+
+    Raises:
+        ModelError: the weight is not finite.
+    """
+    error = relative_error(problem, weight)
+    if not error < float("inf"):
+        raise ModelError(f"{stage.use} made a weight of {site.name} that is not finite")
+    return {
+        "number": number,
+        "stage": stage.use,
+        "name": site.name,
+        "role": site.role,
+        "block": site.block,
+        "shape": list(site.shape),
+        "kind": weight.kind,
+        "bytes_before": problem.weight.nbytes,
+        "bytes": weight.nbytes,
+        "relative_error": error,
+        "packs": stage.compressor.packs,
+        "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
+    }
+
+
+class _Calibrated:
+    """The pass with data. Blocks that ``store`` has already are run as they are."""
+
+    def __init__(
+        self,
+        number: int,
+        stage: Stage,
+        recipe: Recipe,
+        source: Source,
+        before: Blocks,
+        store: Store,
+    ) -> None:
+        assert isinstance(stage.compressor, CalibratedCompressor)
+        self.number, self.stage, self.compressor = number, stage, stage.compressor
+        self.source, self.before, self.store = source, before, store
+        self.forwards = _forwards(recipe, source)
+        self.token_weights: dict[str, list[Tensor]] = {}
+        self.blocks = {s.name: i for i, b in enumerate(source.anatomy.blocks) for s in b.sites}
+        self.open: dict[int, Part] = {}  # blocks with sites that are still to be solved
+        self.left: dict[int, dict[str, Site]] = {}
+        self.done = {i for i in range(len(source.anatomy.blocks)) if store.has(i)}
+        distributed.wait()  # before the first process writes
+        for site in stage.sites(source.anatomy):
+            block = self.blocks[site.name]
+            if block not in self.done:
+                self.left.setdefault(block, {})[site.name] = site
+
+    def events(self) -> Iterator[Event]:
+        if self.compressor.loss_weighted:
+            names = [n for sites in self.left.values() for n, s in sites.items()]
+            whole = assemble(self.source, self.before, torch.float32)
+            self.token_weights = token_weights(whole, self.forwards, names)
+        solver = self.compressor.prepare(self.problems)
+        assert isinstance(solver, CalibratedCompressor)
+        total = sum(map(len, self.left.values()))
+        start = time.perf_counter()
+
+        def event() -> Event:
+            nonlocal start
+            seconds, start = time.perf_counter() - start, time.perf_counter()
+            done = total - sum(map(len, self.left.values()))
+            return Event(self.stage.use, done, total, {"seconds": seconds})
+
+        for site in self.stage.sites(self.source.anatomy):  # embeddings read no activations
+            if site.layout == "embedding" and site.name in self.left.get(self._at(site), {}):
+                self.read(self._at(site))
+                self.settle(solver, site.name, None)
+                yield event()
+        for model, stop, moments in self.walk(self.read):
+            site, weight = self.settle(solver, stop.name, moments)
+            put(model, self.source.anatomy, site.parameter, dense_tensor(site, weight).float())
+            yield event()
+        for number in range(len(self.source.anatomy.blocks)):
+            if number not in self.done:
+                part = self.read(number)
+                for name in list(self.left.get(number, {})):  # no token came by
+                    self.settle(solver, name, None)
+                    yield event()
+                if number not in self.done:
+                    self.write(number, part)
+
+    def problems(self) -> Iterator[LayerProblem]:
+        """Every site's problem in the model as it is before the stage; nothing changes."""
+        for _, stop, moments in self.walk(self.before.read, moving=False):
+            part = self.before.read(self.blocks[stop.name])
+            yield LayerProblem(stop.name, part.weights[stop.name], moments)
+
+    def walk(
+        self, read: Callable[[int], Part], *, moving: bool = True
+    ) -> Iterator[tuple[nn.Module, Stop, Moments]]:
+        """Stop at every site that is left. ``moving``: beside the model as it was before."""
+        names = [
+            name
+            for sites in self.left.values()
+            for name, site in sites.items()
+            if site.layout != "embedding"
+        ]
+        readers = [read]
+        if moving and self.compressor.propagate:
+            readers.append(self.before.read)
+        with ExitStack() as stack:
+            models = [
+                stack.enter_context(
+                    streamed(
+                        self.source.new_skeleton(),
+                        self.source.anatomy,
+                        reader,
+                        torch.float32,
+                        len(self.forwards),
+                    )
+                )
+                for reader in readers
+            ]
+            last: tuple[Stop, Moments] | None = None
+            passes = stops(models, self.forwards, names)
+            stack.enter_context(closing(passes))
+            for stop in passes:
+                weights = self.token_weights.get(stop.name)
+                if last is None or weights or not _same_inputs(last[0], stop):
+                    last = stop, _moments(stop, self._width(stop.name), weights)
+                yield models[0], stop, last[1]
+
+    def read(self, number: int) -> Part:
+        """A block as it is now; those with work to do stay here until it is done."""
+        if number in self.done:
+            return self.store.read(number)
+        if number not in self.open:
+            part = self.before.read(number)
+            if number not in self.left:
+                return part
+            self.open[number] = part
+        return self.open[number]
+
+    def settle(
+        self, solver: CalibratedCompressor, name: str, moments: Moments | None
+    ) -> tuple[Site, Weight]:
+        """Solve one site, and write its block if that was the last one."""
+        number = self.blocks[name]
+        part = self.open[number]
+        site = self.left[number][name]
+        before = part.weights[name]
+        goal = None
+        if moments is not None and solver.propagate and before.kind != "lowrank":
+            goal = moments.corrected(before.dense(), solver.propagate)
+        problem = LayerProblem(name, before, moments, goal)
+        weight, used = solver.best(problem)
+        part.weights[name] = weight
+        part.records.append(
+            record(self.number, self.stage, site, problem, weight) | {"method": used}
+        )
+        del self.left[number][name]
+        if not self.left[number]:
+            self.write(number, self.open.pop(number))
+            give_back()
+        return site, weight
+
+    def write(self, number: int, part: Part) -> None:
+        if distributed.rank() == 0:
+            self.store.write(number, part)
+        self.done.add(number)
+
+    def _width(self, name: str) -> int:
+        return self.left[self.blocks[name]][name].shape[1]
+
+    def _at(self, site: Site) -> int:
+        return self.blocks[site.name]
+
+
+def _forwards(recipe: Recipe, source: Source) -> list[Callable[[nn.Module], Any]]:
+    """This process' share of the calibration text, in passes of about ``TOKENS`` tokens."""
+    wanted = recipe.calibration
+    read = text(recipe, source, wanted.samples, wanted.length)
+    asked = examples(
+        source.skeleton,
+        read.tokens,
+        read.token_bytes,
+        load_tokenizer(source.folder),
+        seed=recipe.seed,
+    )
+    mine = range(distributed.rank(), len(asked), distributed.size())
+    if not mine:
+        raise DataError(f"{recipe.data}: {len(asked)} windows for {distributed.size()} processes")
+    size = max(1, TOKENS // read.tokens.shape[1])
+
+    def forward(rows: Tensor) -> Callable[[nn.Module], Any]:
+        inputs = {name: ids[rows] for name, ids in asked.inputs.items()}
+        return lambda model: model(**inputs, **asked.options)
+
+    return [forward(rows) for rows in torch.tensor(mine).split(size)]
+
+
+def _same_inputs(one: Stop, other: Stop) -> bool:
+    """Whether two sites read the very same tensors, in every process."""
+    same = all(
+        a.keys() == b.keys() and all(a[n] is b[n] for n in a)
+        for a, b in zip(one.inputs, other.inputs, strict=True)
+    )
+    return bool(distributed.least(same))
+
+
+def _moments(stop: Stop, width: int, weights: list[Tensor] | None) -> Moments:
+    """H, and G where a second model waits at the same site with as many tokens."""
+    here, *others = stop.inputs
+    there = others[0] if others else {}
+    H = torch.zeros(width, width)
+    G = torch.zeros(width, width)
+    tokens, paired = 0, bool(others)
+    for number, inputs in here.items():
+        x = inputs.reshape(-1, width).float()
+        weighted = x if weights is None else x * weights[number][:, None]
+        H += weighted.T @ x
+        tokens += len(x)
+        original = there.get(number)
+        if original is None or original.shape != inputs.shape:
+            paired = False
+        else:
+            G += weighted.T @ original.reshape(-1, width).float()
+    paired = bool(distributed.least(paired))
+    tokens = max(1, int(distributed.total(torch.tensor(tokens))))
+    H = distributed.total(H)
+    return Moments(H / tokens, distributed.total(G) / tokens if paired else None)

@@ -1,0 +1,81 @@
+"""Train a second small model, of another family than the demo model, to measure methods on.
+
+    python -m eval.benchmarks.second_model runs/gpt2-code --steps 5000
+
+A GPT-2 (Conv1D, LayerNorm, biases, learned positions) with the demo model's tokenizer, on the
+Python files of the packages that are installed here; the demo text, which is the standard library,
+is not among them and remains held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from compress.checkpoint import load_tokenizer
+from compress.data import Windows, windows
+from compress.source import Source
+from compress.training import Schedule, fit
+
+LENGTH = 256
+
+
+def read(folder: Path, tokenizer: Any, samples: int) -> Windows:
+    """Windows of the Python files under ``folder``; other files there may be anything."""
+    with tempfile.TemporaryDirectory() as copies:
+        for number, file in enumerate(sorted(folder.rglob("*.py"))):
+            shutil.copyfile(file, Path(copies, f"{number}.txt"))
+        return windows(copies, tokenizer, part="calibration", samples=samples, length=LENGTH)
+
+
+def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Cross-entropy in nats a token."""
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def report(step: int, steps: int, numbers: dict[str, float]) -> None:
+    if "held" in numbers:
+        print(f"step {step} of {steps}: held-out loss {numbers['held']:.4f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "--text", type=Path, default=sysconfig.get_paths()["purelib"], help="folder"
+    )
+    parser.add_argument("--samples", type=int, default=40_000, help="windows of 256 tokens")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=5)
+    options = parser.parse_args()
+    tokenizer: Any = load_tokenizer(Source("demo").folder)
+    text = read(options.text, tokenizer, options.samples)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=LENGTH, n_embd=options.width,
+        n_layer=options.blocks, n_head=options.width // 16,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model: Any = GPT2LMHeadModel(config)
+    schedule = Schedule(options.steps, 3e-3, 16, weight_decay=0.01, check_every=250, patience=99)
+    with tempfile.TemporaryDirectory() as work:
+        fit(
+            model, list(model.parameters()), loss, loss,
+            train=text.tokens[:-64], held=text.tokens[-64:], schedule=schedule,
+            seed=0, folder=Path(work), report=report,
+        )  # fmt: skip
+    model.to(torch.bfloat16).save_pretrained(options.out)
+    tokenizer.save_pretrained(options.out)
+
+
+if __name__ == "__main__":
+    main()

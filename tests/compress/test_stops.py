@@ -1,0 +1,106 @@
+"""Forward passes that wait at every site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import normal
+from torch import Tensor, nn
+
+from compress.blockwise import stops
+
+NAMES = ("first", "second", "third")
+
+
+class Chain(nn.Module):
+    """Three linear layers; the second is skipped by short inputs, as an expert may be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        for i, name in enumerate(NAMES):
+            layer = nn.Linear(4, 4, bias=False)
+            layer.weight.data = normal(4, 4, seed=i, scale=0.5)
+            setattr(self, name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.first(x).tanh()
+        if len(x) > 1:
+            x = self.second(input=x).tanh()
+        return self.third(x)
+
+
+def forwards(*lengths: int) -> list[Any]:
+    given = [normal(n, 4, seed=7 + n, scale=1) for n in lengths]
+    return [lambda model, x=x: model(x) for x in given]
+
+
+def captured(model: nn.Module, name: str, forward: Any) -> Tensor:
+    """What the site reads, in a plain forward pass."""
+    seen = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(args[0] if args else kwargs["input"]),
+        with_kwargs=True,
+    )
+    with torch.no_grad():
+        forward(model)
+    handle.remove()
+    return seen[0]
+
+
+def test_every_site_sees_what_the_model_is_by_then() -> None:
+    model, reference, passes = Chain(), Chain(), forwards(3, 5)
+    for place, stop in enumerate(stops([model], passes, NAMES)):
+        assert stop.name == NAMES[place]
+        for number, forward in enumerate(passes):
+            expected = captured(reference, stop.name, forward)
+            torch.testing.assert_close(stop.inputs[0][number], expected)
+        for one in (model, reference):
+            one.get_submodule(stop.name).weight.data *= -0.5
+    assert model.calls == 2, "each pass runs once"
+
+
+def test_two_models_wait_for_each_other() -> None:
+    changed, original, passes = Chain(), Chain(), forwards(3)
+    untouched = Chain()
+    for stop in stops([changed, original], passes, NAMES):
+        here, there = (inputs[0] for inputs in stop.inputs)
+        torch.testing.assert_close(there, captured(untouched, stop.name, passes[0]))
+        assert torch.equal(here, there) is (stop.name == "first")
+        changed.get_submodule(stop.name).weight.data.zero_()
+
+
+def test_a_pass_that_does_not_come_by() -> None:
+    found = {stop.name: set(stop.inputs[0]) for stop in stops([Chain()], forwards(3, 1), NAMES)}
+    assert found == {"first": {0, 1}, "second": {0}, "third": {0, 1}}
+
+
+def test_a_site_that_nobody_comes_to() -> None:
+    assert [stop.name for stop in stops([Chain()], forwards(1), NAMES)] == ["first", "third"]
+
+
+def test_the_rest_is_not_computed() -> None:
+    model = Chain()
+    model.third.forward = None  # would fail
+    assert [stop.name for stop in stops([model], forwards(3), NAMES[:2])] == ["first", "second"]
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_the_caller_may_leave(where: int) -> None:
+    model = Chain()
+    passes = stops([model], forwards(3, 2), NAMES)
+    for _ in range(where + 1):
+        next(passes)
+    passes.close()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_error_in_a_pass_is_raised() -> None:
+    model = Chain()
+    model.second.weight.data = torch.zeros(4, 5)
+    with pytest.raises(RuntimeError, match="shape"):
+        list(stops([model], forwards(3), NAMES))
+    assert not any(module._forward_pre_hooks for module in model.modules())
