@@ -31,7 +31,7 @@ from compress.moments import Moments
 from compress.objective import examples
 from compress.problem import LayerProblem, relative_error
 from compress.recipe import Recipe, Stage
-from compress.sensitivity import token_weights
+from compress.sensitivity import Sensitivity, sensitivities
 from compress.source import Source
 from compress.store import Blocks, Part, Store
 from compress.weights import Weight
@@ -128,7 +128,7 @@ class _Calibrated:
         self.number, self.stage, self.compressor = number, stage, stage.compressor
         self.source, self.before, self.store = source, before, store
         self.forwards = _forwards(recipe, source)
-        self.token_weights: dict[str, list[Tensor]] = {}
+        self.sensitivities: dict[str, Sensitivity] = {}
         self.blocks = {s.name: i for i, b in enumerate(source.anatomy.blocks) for s in b.sites}
         self.open: dict[int, Part] = {}  # blocks with sites that are still to be solved
         self.left: dict[int, dict[str, Site]] = {}
@@ -143,7 +143,7 @@ class _Calibrated:
         if self.compressor.loss_weighted:
             names = [n for sites in self.left.values() for n, s in sites.items()]
             whole = assemble(self.source, self.before, torch.float32)
-            self.token_weights = token_weights(whole, self.forwards, names)
+            self.sensitivities = sensitivities(whole, self.forwards, names)
         solver = self.compressor.prepare(self.problems)
         assert isinstance(solver, CalibratedCompressor)
         total = sum(map(len, self.left.values()))
@@ -177,7 +177,13 @@ class _Calibrated:
         """Every site's problem in the model as it is before the stage; nothing changes."""
         for _, stop, moments in self.walk(self.before.read, moving=False):
             part = self.before.read(self.blocks[stop.name])
-            yield LayerProblem(stop.name, part.weights[stop.name], moments)
+            yield self.problem(stop.name, part.weights[stop.name], moments, None)
+
+    def problem(
+        self, name: str, weight: Weight, moments: Moments | None, goal: Tensor | None
+    ) -> LayerProblem:
+        known = self.sensitivities.get(name)
+        return LayerProblem(name, weight, moments, goal, Moments(known.outputs) if known else None)
 
     def walk(
         self, read: Callable[[int], Part], *, moving: bool = True
@@ -209,7 +215,8 @@ class _Calibrated:
             passes = stops(models, self.forwards, names)
             stack.enter_context(closing(passes))
             for stop in passes:
-                weights = self.token_weights.get(stop.name)
+                known = self.sensitivities.get(stop.name)
+                weights = known.tokens if known and self.compressor.weighs_tokens else None
                 if last is None or weights or not _same_inputs(last[0], stop):
                     last = stop, _moments(stop, self._width(stop.name), weights)
                 yield models[0], stop, last[1]
@@ -236,7 +243,7 @@ class _Calibrated:
         goal = None
         if moments is not None and solver.propagate and before.kind != "lowrank":
             goal = moments.corrected(before.dense(), solver.propagate)
-        problem = LayerProblem(name, before, moments, goal)
+        problem = self.problem(name, before, moments, goal)
         weight, used = solver.best(problem)
         part.weights[name] = weight
         part.records.append(

@@ -21,12 +21,15 @@ class LayerProblem:
              data, which means H = I
     goal     float32 [out, in], what Ŵ should be near instead of W: W corrected for the error that
              X̂ carries from the layers before (see ``Moments.corrected``)
+    gradients  second moments [out, out] of the loss's gradient at the outputs, if measured: an
+             error D of the weight then costs about tr(F D H Dᵀ) of loss
     """
 
     name: str
     weight: Weight
     moments: Moments | None = None
     goal: Tensor | None = None
+    gradients: Moments | None = None
 
     @classmethod
     def of(cls, matrix: Tensor, H: Tensor | None = None, name: str = "matrix") -> LayerProblem:

@@ -143,6 +143,7 @@ class LayerCompressor(Compressor, ABC):
 class CalibratedCompressor(LayerCompressor, ABC):
     """A layer method that looks at what the layer reads; with H = I it is its data-free self."""
 
+    weighs_tokens: ClassVar[bool] = True  # when it is loss-weighted
     needs_text: ClassVar[bool] = True  # or else, without text, the data-free self is what is wanted
 
     propagate: float = Field(

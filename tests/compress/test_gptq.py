@@ -9,6 +9,7 @@ import torch
 from tiny import normal
 from torch import Tensor
 
+from compress.compressors.pruning.masks import keep_share
 from compress.compressors.quantization.gptq import (
     GPTQ,
     descend,
@@ -19,7 +20,7 @@ from compress.compressors.quantization.grid import Grid, search_grid
 from compress.compressors.quantization.rtn import RTN
 from compress.moments import Moments
 from compress.problem import LayerProblem, relative_error
-from compress.weights import Dense
+from compress.weights import Dense, Sparse
 
 
 def moments(width: int, tokens: int = 200) -> Moments:
@@ -154,3 +155,21 @@ def test_the_goal_is_what_is_approximated() -> None:
     weight = GPTQ(bits=4, group=8).solve(LayerProblem("site", Dense.of(W), H, goal))
     towards = relative_error(LayerProblem("site", Dense.of(goal), H), weight)
     assert towards < 0.01 < relative_error(LayerProblem("site", Dense.of(W), H), weight)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_zeros_of_a_pruned_weight_stay(symmetric: bool) -> None:
+    """And what the others make up for pays: better than rounding the kept ones alone."""
+    W, H = normal(24, 60), moments(60)
+    keep = keep_share(W.abs(), 0.5)
+    sparse = Sparse.of(W, keep)
+    problem = LayerProblem("site", sparse, H)
+    setting = {"bits": 3, "group": 16, "symmetric": symmetric}
+    weight = GPTQ(**setting).solve(problem)
+    assert (weight.dense()[~keep] == 0).all()
+    plain = RTN(**setting).solve(problem)
+    assert (plain.dense()[~keep] == 0).all()
+    assert relative_error(problem, weight) < 0.8 * relative_error(problem, plain)
+    # the target may have entries there: the inputs that remain stand in for them
+    towards = LayerProblem("site", sparse, H, W)
+    assert (GPTQ(**setting).solve(towards).dense()[~keep] == 0).all()

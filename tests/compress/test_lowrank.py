@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -26,23 +25,16 @@ from compress.weights import Dense, LowRank, Sparse, Sum, Weight
 SHAPES = [(24, 60), (60, 24), (32, 32)]
 
 
-@dataclass(frozen=True)
-class Measured(LayerProblem):
-    """A problem that also says how the loss depends on the outputs."""
-
-    F: Tensor | None = None
-
-
 def moment(size: int, seed: int = 5, samples: int = 400) -> Tensor:
     """A second moment [size, size] of correlated vectors."""
     X = normal(samples, size, seed=seed, scale=1.0) @ normal(size, size, seed=seed + 1, scale=1.0)
     return X.T @ X / samples
 
 
-def measured(W: Tensor, name: str = "site", dtype: torch.dtype = torch.float32) -> Measured:
+def measured(W: Tensor, name: str = "site", dtype: torch.dtype = torch.float32) -> LayerProblem:
     rows, columns = W.shape
     H, F = Moments(moment(columns)), moment(rows, seed=9)
-    return Measured(name, Dense.of(W.to(dtype)), H, None, F)
+    return LayerProblem(name, Dense.of(W.to(dtype)), H, None, Moments(F))
 
 
 def root(H: Tensor) -> Tensor:
@@ -95,7 +87,7 @@ def test_solutions_against_explicit_roots(
 ) -> None:
     problem = measured(normal(*shape))
     solver = SVD(rank=6, pivoted=pivoted, loss_weighted=weighted)
-    slow = slow_truncation(problem.target, 6, problem.H, problem.F if weighted else None)
+    slow = slow_truncation(problem.target, 6, problem.H, problem.gradients.H if weighted else None)
     torch.testing.assert_close(solver.compress(problem).dense(), slow.float(), rtol=1e-4, atol=1e-5)
 
 
@@ -108,7 +100,7 @@ def test_each_metric_is_best_in_its_own_measure(shape: tuple[int, int]) -> None:
     }  # fmt: skip
     lost = {name: problem.W - s.compress(problem).dense() for name, s in solved.items()}
     measures = {
-        "loss": lambda D: ((problem.F @ D @ problem.H) * D).sum().item(),
+        "loss": lambda D: ((problem.gradients.H @ D @ problem.H) * D).sum().item(),
         "outputs": lambda D: ((D @ problem.H) * D).sum().item(),
         "weights": lambda D: D.square().sum().item(),
     }
@@ -159,8 +151,8 @@ def test_everything_zero() -> None:
         solver = SVD(rank=3, pivoted=pivoted)
         assert torch.equal(solver(torch.zeros(20, 30)).dense(), torch.zeros(20, 30))
         assert torch.isfinite(solver(normal(20, 30), torch.zeros(30, 30)).dense()).all()
-        problem = Measured("site", Dense.of(normal(20, 30)), Moments(moment(30)), None,
-                           torch.zeros(20, 20))  # fmt: skip
+        nothing = Moments(torch.zeros(20, 20))
+        problem = LayerProblem("site", Dense.of(normal(20, 30)), Moments(moment(30)), None, nothing)
         assert torch.isfinite(solver.compress(problem).dense()).all()
 
 
@@ -296,10 +288,12 @@ def test_allocation_at_the_ends() -> None:
     assert allocate([], 5) == []
 
 
-def two_sites() -> list[Measured]:
+def two_sites() -> list[LayerProblem]:
     """One that the loss hardly sees, and one that it depends on."""
     calm, keen = measured(normal(48, 48), "calm"), measured(normal(64, 40, seed=1), "keen")
-    return [Measured("calm", calm.weight, calm.moments, None, 1e-3 * calm.F), keen]
+    assert calm.gradients is not None
+    less = Moments(1e-3 * calm.gradients.H)
+    return [LayerProblem("calm", calm.weight, calm.moments, None, less), keen]
 
 
 @pytest.mark.parametrize("ratio", [0.3, 0.6, 0.9])
@@ -316,7 +310,7 @@ def test_global_ranks_go_where_the_loss_looks(ratio: float) -> None:
         total = 0.0
         for site in sites:
             D = site.W - solver.compress(site).dense()
-            total += ((site.F @ D @ site.H) * D).sum().item()
+            total += ((site.gradients.H @ D @ site.H) * D).sum().item()
         return total
 
     assert loss(solver) < 0.8 * loss(SVD(ratio=ratio, ranks="uniform"))
@@ -402,8 +396,8 @@ def test_residual_of_full_rank_gives_everything_back() -> None:
 def test_residual_follows_the_loss() -> None:
     W = normal(64, 96)
     Q = packed(W, RTN(bits=2, group=32))
-    problem = Measured("site", Q, Moments(moment(96)), W, moment(64, seed=9))
-    slow = Q.dense() + slow_truncation(W - Q.dense(), 8, problem.H, problem.F).float()
+    problem = LayerProblem("site", Q, Moments(moment(96)), W, Moments(moment(64, seed=9)))
+    slow = Q.dense() + slow_truncation(W - Q.dense(), 8, problem.H, problem.gradients.H).float()
     torch.testing.assert_close(Residual(rank=8).compress(problem).dense(), slow,
                                rtol=0.02, atol=3e-4)  # fmt: skip
 

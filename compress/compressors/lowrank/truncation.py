@@ -19,6 +19,8 @@ class Truncation(CalibratedCompressor):
 
     family: ClassVar = "low-rank"
 
+    weighs_tokens: ClassVar = False  # the gradients weigh outputs
+
     loss_weighted: bool = Field(
         True, description="weigh outputs by how much the loss depends on them"
     )
@@ -38,18 +40,8 @@ class Truncation(CalibratedCompressor):
         """T float32 [out, in], moments of the inputs, and F: as far as ``metric`` looks at them."""
         if self.metric == "weights" or problem.moments is None:
             return problem.target, None, None
-        F = loss_curvature(problem) if self.loss_weighted else None
+        F = problem.gradients if self.loss_weighted else None
         return problem.target, problem.moments, F
-
-
-def loss_curvature(problem: LayerProblem) -> Moments | None:
-    """F [out, out], the second moment of the loss's gradient at the outputs, if it was measured.
-
-    tr(F Δ H Δᵀ) is then the loss that an error Δ of the weight costs, to second order, with F and
-    H taken to be independent (K-FAC, arXiv 1503.05671).
-    """
-    F = getattr(problem, "F", None)
-    return None if F is None else Moments(F)
 
 
 def projections(

@@ -11,7 +11,7 @@ from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.weights import Sparse
 
-START, MOST = 0.1, 300  # first penalty; most iterations
+START, MOST = 0.1, 600  # first penalty; most iterations
 EVERY = 3  # iterations between two looks at the mask
 
 
@@ -20,8 +20,8 @@ class ADMM(CalibratedPruner):
 
     With inputs scaled so that H has a unit diagonal, a dense B and a sparse D are drawn together:
     B = (T H − V + ρD)(H + ρI)⁻¹, D = the largest entries of B + V/ρ, V += ρ(B − D), while ρ
-    grows for as long as the mask still changes. Conjugate gradients then find the best weights
-    for the mask.
+    grows, half as fast as published, for as long as the mask still changes. Conjugate gradients
+    then find the best weights for the mask.
     """
 
     updates: int = Field(
@@ -58,7 +58,7 @@ class ADMM(CalibratedPruner):
             before = kept
             if change == 0 or (step > 30 and change < 0.0003):
                 break
-            rho *= 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1
+            rho *= 1.15 if change > 0.1 else 1.1 if change > 0.005 else 1.05
         return D
 
 

@@ -24,7 +24,8 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
 
     Inputs come in descending order of H_jj, on a grid searched before. Then ``polish`` rounds of
     coordinate descent (q_j ← round(q_j − E_j/H_jj), E = (Ŵ − T)H) and of the least-squares scales
-    for the codes as they are; every step of that lowers tr((T − Ŵ) H (T − Ŵ)ᵀ).
+    for the codes as they are; every step of that lowers tr((T − Ŵ) H (T − Ŵ)ᵀ). Of a pruned weight
+    the zeros stay zeros, whose errors the others make up for, too.
     """
 
     polish: int = Field(4, ge=0, description="rounds of coordinate descent and scale refit")
@@ -35,16 +36,22 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
     def solve(self, problem: LayerProblem) -> Quantized:
         T = problem.target
         moments = problem.moments or Moments(torch.eye(T.shape[1]))
-        grid = self.grid(T, problem)
-        codes = round_with_feedback(T, grid, moments)
+        keep = problem.W != 0 if problem.weight.kind == "sparse" else None
+        grid = self.grid(T if keep is None else T * keep, problem)
+        codes = round_with_feedback(T, grid, moments, keep)
         for _ in range(self.polish):
-            codes = descend(codes, T, grid, moments)
+            codes = descend(codes, T, grid, moments, keep)
             grid = refit_scales(codes, T, grid, moments)
         return self.pack(codes, grid, problem)
 
 
-def round_with_feedback(T: Tensor, grid: Grid, moments: Moments) -> Tensor:
-    """Codes uint8 [out, in] of GPTQ: each rounding error is spread over the inputs to come."""
+def round_with_feedback(
+    T: Tensor, grid: Grid, moments: Moments, keep: Tensor | None = None
+) -> Tensor:
+    """Codes uint8 [out, in] of GPTQ: each rounding error is spread over the inputs to come.
+
+    Where ``keep`` (bool [out, in]) is false the code is the zero-point.
+    """
     order, U = moments.inverse_factor()
     back = order.argsort()
     s, z = (x.T[order] for x in grid.spread(T.shape[1]))
@@ -55,6 +62,8 @@ def round_with_feedback(T: Tensor, grid: Grid, moments: Moments) -> Tensor:
         errors = torch.empty(end - start, W.shape[1])
         for j in range(start, end):
             codes[j] = grid.round(W[j], s[j], z[j])
+            if keep is not None:
+                codes[j] = codes[j].where(keep[:, order[j]], z[j])
             error = (W[j] - (codes[j] - z[j]) * s[j]) / U[j, j]
             W[j + 1 : end] -= U[j, j + 1 : end, None] * error
             errors[j - start] = error
@@ -62,8 +71,13 @@ def round_with_feedback(T: Tensor, grid: Grid, moments: Moments) -> Tensor:
     return codes[back].T.to(torch.uint8)
 
 
-def descend(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> Tensor:
-    """One sweep of coordinate descent over the inputs: the best code of each, the others fixed."""
+def descend(
+    codes: Tensor, T: Tensor, grid: Grid, moments: Moments, keep: Tensor | None = None
+) -> Tensor:
+    """One sweep of coordinate descent over the inputs: the best code of each, the others fixed.
+
+    Codes where ``keep`` (bool [out, in]) is false stay.
+    """
     H = moments.damped.float()
     s, z = (x.T for x in grid.spread(T.shape[1]))
     codes = codes.T.float()
@@ -75,6 +89,8 @@ def descend(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> Tensor:
         for j in range(start, end):
             wanted = D[j] + T[:, j] - E[j - start] / diagonal[j]
             code = grid.round(wanted, s[j], z[j])
+            if keep is not None:
+                code = code.where(keep[:, j], codes[j])
             step = (code - codes[j]) * s[j]
             codes[j] = code
             D[j] += step
