@@ -10,7 +10,7 @@ Of several processes each runs its share of the text, and solves the problems of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -131,19 +131,19 @@ class _Calibrated:
         self.sensitivities: dict[str, Sensitivity] = {}
         self.blocks = {s.name: i for i, b in enumerate(source.anatomy.blocks) for s in b.sites}
         self.open: dict[int, Part] = {}  # blocks with sites that are still to be solved
+        self.sites = {site.name: site for site in stage.sites(source.anatomy)}
         self.left: dict[int, dict[str, Site]] = {}
         self.done = {i for i in range(len(source.anatomy.blocks)) if store.has(i)}
         distributed.wait()  # before the first process writes
-        for site in stage.sites(source.anatomy):
+        for site in self.sites.values():
             block = self.blocks[site.name]
             if block not in self.done:
                 self.left.setdefault(block, {})[site.name] = site
 
     def events(self) -> Iterator[Event]:
         if self.compressor.loss_weighted:
-            names = [n for sites in self.left.values() for n, s in sites.items()]
             whole = assemble(self.source, self.before, torch.float32)
-            self.sensitivities = sensitivities(whole, self.forwards, names)
+            self.sensitivities = sensitivities(whole, self.forwards, list(self.sites))
         solver = self.compressor.prepare(self.problems)
         assert isinstance(solver, CalibratedCompressor)
         total = sum(map(len, self.left.values()))
@@ -155,12 +155,12 @@ class _Calibrated:
             done = total - sum(map(len, self.left.values()))
             return Event(self.stage.use, done, total, {"seconds": seconds})
 
-        for site in self.stage.sites(self.source.anatomy):  # embeddings read no activations
-            if site.layout == "embedding" and site.name in self.left.get(self._at(site), {}):
-                self.read(self._at(site))
-                self.settle(solver, site.name, None)
-                yield event()
-        for model, stop, moments in self.walk(self.read):
+        for name, moments in self.tables().items():
+            self.read(self.blocks[name])
+            self.settle(solver, name, moments)
+            yield event()
+        names = [name for sites in self.left.values() for name in sites]
+        for model, stop, moments in self.walk(names, self.read):
             site, weight = self.settle(solver, stop.name, moments)
             put(model, self.source.anatomy, site.parameter, dense_tensor(site, weight).float())
             yield event()
@@ -175,7 +175,8 @@ class _Calibrated:
 
     def problems(self) -> Iterator[LayerProblem]:
         """Every site's problem in the model as it is before the stage; nothing changes."""
-        for _, stop, moments in self.walk(self.before.read, moving=False):
+        names = [name for name, site in self.sites.items() if site.layout != "embedding"]
+        for _, stop, moments in self.walk(names, self.before.read, moving=False):
             part = self.before.read(self.blocks[stop.name])
             yield self.problem(stop.name, part.weights[stop.name], moments, None)
 
@@ -185,16 +186,27 @@ class _Calibrated:
         known = self.sensitivities.get(name)
         return LayerProblem(name, weight, moments, goal, Moments(known.outputs) if known else None)
 
+    def tables(self) -> dict[str, Moments | None]:
+        """Embeddings that are left: they read no activations, unless one is the head, too.
+
+        What a tied head reads is measured before anything changes.
+        """
+        left = {n: s for sites in self.left.values() for n, s in sites.items()}
+        tables: dict[str, Moments | None] = {
+            name: None for name, site in left.items() if site.layout == "embedding"
+        }
+        heads = {alias: name for name in tables for alias in left[name].aliases}
+        heads = {a: n for a, n in heads.items() if self._is_linear(a)}
+        for _, stop, moments in self.walk(list(heads), self.before.read, moving=False):
+            tables[heads[stop.name]] = moments
+        return tables
+
     def walk(
-        self, read: Callable[[int], Part], *, moving: bool = True
+        self, names: Sequence[str], read: Callable[[int], Part], *, moving: bool = True
     ) -> Iterator[tuple[nn.Module, Stop, Moments]]:
-        """Stop at every site that is left. ``moving``: beside the model as it was before."""
-        names = [
-            name
-            for sites in self.left.values()
-            for name, site in sites.items()
-            if site.layout != "embedding"
-        ]
+        """Stop at every site of ``names``. ``moving``: beside the model as it was before."""
+        if not names:
+            return
         readers = [read]
         if moving and self.compressor.propagate:
             readers.append(self.before.read)
@@ -261,10 +273,14 @@ class _Calibrated:
         self.done.add(number)
 
     def _width(self, name: str) -> int:
-        return self.left[self.blocks[name]][name].shape[1]
+        """Inputs of a site, or of the head that is tied to one."""
+        for site in self.sites.values():
+            if name in (site.name, *site.aliases):
+                return site.shape[1]
+        raise KeyError(name)
 
-    def _at(self, site: Site) -> int:
-        return self.blocks[site.name]
+    def _is_linear(self, name: str) -> bool:
+        return isinstance(self.source.skeleton.get_submodule(name), nn.Linear)
 
 
 def _forwards(recipe: Recipe, source: Source) -> list[Callable[[nn.Module], Any]]:

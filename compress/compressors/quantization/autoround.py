@@ -35,7 +35,7 @@ class AutoRound(Recovery):
 
     steps: int = Field(200, ge=1, description="optimizer steps")
     learning_rate: float = Field(
-        5e-3, gt=0, description="highest learning rate, in steps of the grid"
+        5e-3, gt=0, description="highest learning rate, in steps of a 2-bit grid; finer grids less"
     )
     samples: int = Field(128, ge=2, description="windows of text; an eighth is held out")
     kl_share: float = Field(1.0, ge=0, le=1, description="weight of KL; cross-entropy has the rest")
@@ -66,6 +66,7 @@ class Rounding(nn.Module):
     def __init__(self, spec: dict[str, Any], tensors: dict[str, Tensor], W: Tensor | None) -> None:
         super().__init__()
         self.spec = spec
+        self.pace = 4 / 2 ** spec["bits"]  # of a finer grid's steps a smaller share is enough
         self.scale = tensors["weight_scale"].detach().float()
         codes = unpack_codes(spec, tensors).float()
         self.zero = zero_points(spec, tensors).float() if not spec["symmetric"] else None
@@ -83,12 +84,12 @@ class Rounding(nn.Module):
     def codes(self) -> Tensor:
         """In [−2^(b−1), 2^(b−1)); the gradient passes through the rounding."""
         half = 2 ** (self.spec["bits"] - 1)
-        exact = self.start + self.offset
+        exact = self.start + self.pace * self.offset
         rounded = exact + (exact.round() - exact).detach()
         return rounded.clamp(-half, half - 1)
 
     def scales(self) -> Tensor:
-        return self.scale * (1 + SCALE * self.stretch)
+        return self.scale * (1 + SCALE * self.pace * self.stretch)
 
     def packed(self, weight: Weight) -> Weight:
         """The weight as it is now, stored as ``weight`` was."""
