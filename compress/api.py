@@ -20,9 +20,11 @@ def apply(
     data: str | None = None,
     seed: int | None = None,
     overwrite: bool = False,
+    verify: bool = True,
 ) -> dict[str, Any]:
     """Apply a recipe (file, mapping or Recipe) and write the checkpoint folder ``out``.
 
+    ``verify`` False writes it without having loaded it whole, which takes the model's memory.
     Returns what ``compression.json`` says: bytes, and method, error and bytes of every site.
 
     Raises:
@@ -32,7 +34,8 @@ def apply(
     overrides = {k: v for k, v in given.items() if v is not None}
     if isinstance(recipe, Recipe):
         recipe = recipe.dump()
-    return runs.apply(recipes.load_one(recipe, overrides), Path(out), overwrite=overwrite)
+    loaded = recipes.load_one(recipe, overrides)
+    return runs.apply(loaded, Path(out), overwrite=overwrite, verify=verify)
 
 
 def compressor(name: str, **parameters: Any) -> Compressor:

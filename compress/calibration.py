@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from compress.checkpoint import load_tokenizer
-from compress.compressors.base import CalibratedCompressor, TrainingCompressor
+from compress.compressors.base import (
+    CalibratedCompressor,
+    ScalingCompressor,
+    TrainingCompressor,
+)
 from compress.data import Windows, windows
 from compress.errors import DataError, ModelError, NotMeasurable
 from compress.objective import family, window_length
@@ -13,7 +17,7 @@ from compress.source import Source
 
 def calibrates(stage: Stage, recipe: Recipe, source: Source) -> bool:
     """Whether a stage runs the model on text: it would, there is some, and the model reads it."""
-    if not isinstance(stage.compressor, CalibratedCompressor):
+    if not isinstance(stage.compressor, (CalibratedCompressor, ScalingCompressor)):
         return False
     try:
         family(source.skeleton)
@@ -51,7 +55,7 @@ def check_text(recipe: Recipe, source: Source) -> None:
                 name = source.model_class.__name__
                 raise ModelError(f"{stage.use} trains on text, which {name} does not predict")
             wanted: tuple[int, int | None] = compressor.tokens()
-        elif isinstance(compressor, CalibratedCompressor):
+        elif isinstance(compressor, (CalibratedCompressor, ScalingCompressor)):
             if not compressor.needs_text and not calibrates(stage, recipe, source):
                 continue
             family(source.skeleton)

@@ -115,6 +115,13 @@ def apply(
         bool, typer.Option("--dry-run", help="Check and count; write nothing.")
     ] = False,
     overwrite: Overwrite = False,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            help="Load the result in a process of its own before it appears; takes the "
+            "memory of the whole model."
+        ),
+    ] = True,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -132,7 +139,8 @@ def apply(
         raise RecipeError("--out DIR is missing: where should the checkpoint go?")
     from compress import run as runs
 
-    info = follow(runs.run(loaded, out, overwrite=overwrite), out.name, quiet or as_json)
+    events = runs.run(loaded, out, overwrite=overwrite, verify=verify)
+    info = follow(events, out.name, quiet or as_json)
     if as_json:
         print(
             json.dumps(

@@ -34,6 +34,14 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(tensor: Tensor) -> Tensor:
+    """Entry by entry, the largest that any process came with."""
+    if _several():
+        tensor = tensor.contiguous()
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
 def least(number: int) -> int:
     """The smallest number that any process came with."""
     if not _several():

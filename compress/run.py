@@ -54,13 +54,15 @@ def run(
     *,
     name: str | None = None,
     overwrite: bool = False,
+    verify: bool = True,
     verifier: Verifier | None = None,
     source: Source | None = None,
 ) -> Generator[Event, None, dict[str, Any]]:
     """Apply ``recipe`` and write the checkpoint folder ``out``; returns its record.
 
-    ``verifier`` and ``source`` may be shared between runs. The folder appears only when it has
-    passed ``verify``.
+    ``verifier`` and ``source`` may be shared between runs. The folder appears only when a process
+    of its own has loaded it with plain transformers and found the same logits; ``verify`` False
+    leaves that out, for models that do not fit into memory whole.
 
     Raises:
         CompressError: anything the user can put right; nothing is left at ``out`` then.
@@ -73,7 +75,7 @@ def run(
     check_text(recipe, source)
     check_disk(out, needs.disk)
     work = work_folder(out)
-    with disk_errors(out), locked(work), _own(verifier) as checker, tidied(work):
+    with disk_errors(out), locked(work), _own(verify, verifier) as checker, tidied(work):
         check_output(out, overwrite=overwrite)  # again: another run may have ended meanwhile
         done = distributed.least(finished_stages(work, recipe, source.hash))
         before: Blocks = Store(work / f"stage-{done - 1}") if done else Original(source)
@@ -89,11 +91,11 @@ def run(
         writer = Writer(source, before, recipe, work / "draft")
         info = writer.write(name or out.name, expect(source, before, recipe), training)
         yield Event("check", 1, 2)
-        checked = checker.check(work / "draft")
+        checked = checker.check(work / "draft") if checker else {}
         place(work / "draft", out)
         shutil.rmtree(work)
         distributed.wait()
-        yield Event("check", 2, 2, {"difference": checked["difference"]}, info)
+        yield Event("check", 2, 2, checked and {"difference": checked["difference"]}, info)
     return info
 
 
@@ -251,9 +253,9 @@ def expect(source: Source, store: Blocks, recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def _own(verifier: Verifier | None) -> Iterator[Verifier]:
-    if verifier is not None:
-        yield verifier
+def _own(verify: bool, verifier: Verifier | None) -> Iterator[Verifier | None]:
+    if not verify or verifier is not None:
+        yield verifier if verify else None
         return
     with Verifier() as started:
         yield started

@@ -1,7 +1,8 @@
 """What a compressor is: a frozen, validated configuration that *is* the method.
 
-Two shapes so far. A LayerCompressor turns the weight of one site into another, one layer problem
-at a time; a TrainingCompressor changes a whole compressed model by gradient steps.
+Three shapes. A LayerCompressor turns the weight of one site into another, one layer problem at a
+time; a TrainingCompressor changes a whole compressed model by gradient steps; a
+TransformCompressor writes a dense model as an equal one that is easier to compress.
 """
 
 from __future__ import annotations
@@ -173,6 +174,49 @@ class CalibratedCompressor(LayerCompressor, ABC):
         if relative_error(problem, fallback) < relative_error(problem, weight):
             return fallback, plain.name
         return weight, self.name
+
+
+class TransformCompressor(Compressor, ABC):
+    """Writes a dense model as an equal one that is easier to compress; saves no byte itself."""
+
+    family: ClassVar[str] = "quantization"
+    packs: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class SharedInput:
+    """A tensor x [tokens, in], the matrices of the sites that read it, and what is known of it.
+
+    matrices  float32 [out, in] each
+    H         float32 [in, in], xᵀx / tokens
+    mean      float32 [in], mean |x|
+    most      float32 [in], max |x|
+    """
+
+    matrices: list[Tensor]
+    H: Tensor
+    mean: Tensor
+    most: Tensor
+
+
+class ScalingCompressor(TransformCompressor, ABC):
+    """Multiplies the columns of matrices by scales and divides what makes their inputs by them."""
+
+    needs_text: ClassVar[bool] = True
+
+    @abstractmethod
+    def scale(self, inputs: SharedInput) -> Tensor:
+        """float32 [in], positive: what the columns of all ``inputs.matrices`` are multiplied by."""
+
+
+class RotationCompressor(TransformCompressor, ABC):
+    """Turns the coordinates of the residual stream, in all that write to it and read from it."""
+
+    default_targets: ClassVar[tuple[str, ...]] = ("all",)
+
+    @abstractmethod
+    def rotation(self, width: int) -> Tensor:
+        """float64 [width, width], orthogonal."""
 
 
 @dataclass(frozen=True)

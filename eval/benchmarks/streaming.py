@@ -2,8 +2,9 @@
 
     python -m eval.benchmarks.streaming --out streaming.json
 
-Makes random-weight Llama folders of one width and three depths (about 0.1, 0.3 and 1 GB in
-bfloat16), and applies `rtn` and `svd` to each in a process of its own, on one thread. Memory is
+Makes random-weight Llama folders of one width and three depths (about 0.1, 0.3 and 0.8 GB in
+bfloat16), and applies `rtn`, `svd` and `gptq` (on 16 windows of 256 tokens of the demo text) to
+each in a process of its own, on one thread. Memory is
 the process' anonymous memory (RssAnon of /proc/self/status, sampled): pages of mapped files, which
 the kernel drops when it needs room, do not count; the peak of all resident pages is printed too.
 """
@@ -12,27 +13,35 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig
 
+from compress.source import DEMO
 from compress.store import SafetensorsWriter
 
 WIDTH, FEED, VOCABULARY = 1024, 2816, 2048
-DEPTHS = (4, 12, 40)
-STAGES = {"rtn": {"use": "rtn", "bits": 4}, "svd": {"use": "svd", "ratio": 0.5}}
+DEPTHS = (4, 12, 32)
+STAGES: dict[str, dict[str, Any]] = {
+    "rtn": {"use": "rtn", "bits": 4},
+    "svd": {"use": "svd", "ratio": 0.5},
+    "gptq": {"use": "gptq", "bits": 4},
+}
 
 # Runs in the measured process: everything is imported first, then memory is sampled.
 CHILD = """
 import json, resource, sys, threading, time
 import torch
 import compress.run, compress.recipe, compress.compressors.lowrank.svd
-import compress.compressors.quantization.rtn
+import compress.compressors.quantization.gptq
 from pathlib import Path
+from typing import Any
 
 def anonymous():
     for line in open("/proc/self/status"):
@@ -53,7 +62,7 @@ thread = threading.Thread(target=watch)
 thread.start()
 start = time.perf_counter()
 seconds = None
-for event in compress.run.run(recipe, Path(sys.argv[2])):
+for event in compress.run.run(recipe, Path(sys.argv[2]), verify=False):
     if event.label == "check" and event.done == 1:
         seconds = time.perf_counter() - start
 stop.set()
@@ -72,6 +81,8 @@ def make_model(folder: Path, depth: int) -> int:
     )  # fmt: skip
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder)
     writer = SafetensorsWriter(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
 
@@ -96,7 +107,9 @@ def make_model(folder: Path, depth: int) -> int:
 
 
 def measure(model: Path, stage: dict[str, object], out: Path) -> dict[str, float]:
-    recipe = {"model": str(model), "stages": [stage]}
+    recipe: dict[str, Any] = {"model": str(model), "stages": [stage]}
+    if stage["use"] == "gptq":
+        recipe["calibration"] = {"data": "demo", "samples": 16, "length": 256}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(recipe), str(out)],
         check=True, capture_output=True, text=True,
