@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -59,7 +61,6 @@ class Method:
     name     how the table calls it
     method   how the adapter calls it
     options  the adapter's; of ours, the stages of a recipe without the setting
-    like     which of our rows does the same, that it is compared with
     prunes   whether its setting is a sparsity, or else bits
     reads    whether it reads calibration text, so that the seed matters
     bits     the only bits that it has; None: any
@@ -69,21 +70,20 @@ class Method:
     name: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
-    like: str = ""
     prunes: bool = False
     reads: bool = True
     bits: int | None = None
 
 
 def _ours(name: str, *stages: dict[str, Any], **rest: Any) -> Method:
-    return Method(OURS, name, name, {"stages": list(stages)}, like=name, **rest)
+    return Method(OURS, name, name, {"stages": list(stages)}, **rest)
 
 
 RECIPES = (
     _ours("rtn", {"use": "rtn"}, reads=False),
     _ours("gptq", {"use": "gptq"}),
     _ours("awq", {"use": "awq"}),
-    _ours("autoround", {"use": "autoround"}),
+    _ours("gptq, autoround", {"use": "gptq"}, {"use": "autoround"}),
     _ours("nf4", {"use": "nf4"}, reads=False, bits=4),
     _ours("magnitude", {"use": "magnitude"}, prunes=True, reads=False),
     _ours("wanda", {"use": "wanda"}, prunes=True),
@@ -94,22 +94,22 @@ RECIPES = (
 MSE = {"observer": "mse"}
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 PEERS = (
-    Method("llm-compressor", "rtn", "rtn", like="rtn", reads=False),
-    Method("llm-compressor", "rtn, mse scales", "rtn", MSE, like="rtn", reads=False),
-    Method("llm-compressor", "gptq", "gptq", like="gptq"),
-    Method("llm-compressor", "gptq, mse scales", "gptq", MSE, like="gptq"),
-    Method("llm-compressor", "awq", "awq", like="awq"),
+    Method("llm-compressor", "rtn", "rtn", reads=False),
+    Method("llm-compressor", "rtn, mse scales", "rtn", MSE, reads=False),
+    Method("llm-compressor", "gptq", "gptq"),
+    Method("llm-compressor", "gptq, mse scales", "gptq", MSE),
+    Method("llm-compressor", "awq", "awq"),
     Method("llm-compressor", "awq, mse scales, duo both", "awq",
-           MSE | {"duo_scaling": "both"}, like="awq"),
-    Method("llm-compressor", "wanda", "wanda", like="wanda", prunes=True),
-    Method("llm-compressor", "sparsegpt", "sparsegpt", like="sparsegpt", prunes=True),
-    Method("auto-round", "200 iterations", "auto-round", {"iters": 200}, "autoround"),
-    Method("auto-round", "1000 iterations", "auto-round", {"iters": 1000}, "autoround"),
-    Method("hqq", "axis 1", "hqq", {"axis": 1}, like="rtn", reads=False),
-    Method("hqq", "axis 0", "hqq", {"axis": 0}, like="rtn", reads=False),
-    Method("bitsandbytes", "nf4", "nf4", NF4, like="nf4", reads=False, bits=4),
+           MSE | {"duo_scaling": "both"}),
+    Method("llm-compressor", "wanda", "wanda", prunes=True),
+    Method("llm-compressor", "sparsegpt", "sparsegpt", prunes=True),
+    Method("auto-round", "200 iterations", "auto-round", {"iters": 200}),
+    Method("auto-round", "1000 iterations", "auto-round", {"iters": 1000}),
+    Method("hqq", "axis 1", "hqq", {"axis": 1}, reads=False),
+    Method("hqq", "axis 0", "hqq", {"axis": 0}, reads=False),
+    Method("bitsandbytes", "nf4", "nf4", NF4, reads=False, bits=4),
     Method("bitsandbytes", "nf4, double quant", "nf4",
-           NF4 | {"bnb_4bit_use_double_quant": True}, like="nf4", reads=False, bits=4),
+           NF4 | {"bnb_4bit_use_double_quant": True}, reads=False, bits=4),
 )  # fmt: skip
 
 
@@ -135,6 +135,11 @@ class Job:
     threads: int = 1
 
     @property
+    def key(self) -> str:
+        """The same for equal jobs."""
+        return json.dumps(self.dump(), sort_keys=True)
+
+    @property
     def label(self) -> str:
         seed = f", seed {self.seed}" if self.method.reads else ""
         return f"{self.method.toolkit} {self.method.name}, {self.setting.label}{seed}"
@@ -157,12 +162,11 @@ class Job:
 def jobs(
     methods: Sequence[Method], settings: Sequence[Setting], seeds: Sequence[int], **rest: Any
 ) -> Iterator[Job]:
-    """Every method at every setting that it has; once for each seed if it reads text."""
-    for setting in settings:
-        for method in methods:
-            if method.prunes != (setting.bits is None):
-                continue
-            if method.bits is not None and (setting.bits, setting.group) != (method.bits, 64):
-                continue
-            for seed in seeds if method.reads else seeds[:1]:
-                yield Job(method, setting, seed, **rest)
+    """Every method at every setting that it has, seed after seed; one seed if it reads no text."""
+    for seed, setting, method in itertools.product(seeds, settings, methods):
+        if method.prunes != (setting.bits is None):
+            continue
+        if method.bits is not None and (setting.bits, setting.group) != (method.bits, 64):
+            continue
+        if method.reads or seed == seeds[0]:
+            yield Job(method, setting, seed, **rest)

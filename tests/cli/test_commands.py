@@ -125,6 +125,16 @@ def test_apply_says_what_it_made(compress: Run, recipe: Write, tmp_path: Path) -
     assert "loads with transformers and compressed-tensors" in " ".join(again.err.split())
 
 
+def test_apply_without_loading_the_result(
+    compress: Run, recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.run.Verifier", None)  # would fail if it were started
+    path = recipe({"use": "rtn"})
+    assert compress("apply", path, "--out", tmp_path / "a", "--no-verify", "-q").code == 0
+    monkeypatch.undo()
+    assert compress("verify", tmp_path / "a").code == 0
+
+
 def test_options_override_the_recipe(
     compress: Run, recipe: Write, model: Path, tmp_path: Path
 ) -> None:

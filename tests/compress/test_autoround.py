@@ -43,7 +43,7 @@ def test_what_is_stored_is_what_was_trained(setting: tuple[int, bool, int]) -> N
 
 def test_gradient_steps_lower_the_loss_and_move_codes() -> None:
     """Towards another matrix: a weight that lies near the border of its cell goes first."""
-    W, weight, rounding = made(3, True, 16)
+    W, _, rounding = made(3, True, 16)
     goal = W + normal(12, 40, seed=3, scale=0.02)
     before = rounding.codes().detach().clone()
     optimizer = torch.optim.Adam(rounding.parameters(), lr=0.1)

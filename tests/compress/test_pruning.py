@@ -10,6 +10,7 @@ import torch
 from tiny import normal
 from torch import Tensor
 
+from compress.api import compressor
 from compress.compressors.base import CalibratedCompressor
 from compress.compressors.pruning.admm import ADMM, conjugate_gradients
 from compress.compressors.pruning.magnitude import Magnitude
@@ -167,6 +168,11 @@ def test_awkward_problems(method: type[CalibratedCompressor], trouble: str) -> N
     assert torch.isfinite(weight.dense()).all()
     plain = Magnitude(sparsity=0.5).solve(given)
     assert relative_error(given, weight) <= relative_error(given, plain)
+
+
+def test_a_model_in_memory_has_no_text() -> None:
+    with pytest.raises(RecipeError, match=r"use compress\.apply with a recipe"):
+        compressor("admm").apply(torch.nn.Linear(4, 4))
 
 
 @pytest.mark.parametrize("method", METHODS)

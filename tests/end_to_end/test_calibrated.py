@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import compress
 from compress import recipe as recipes
 from compress import run as runs
+from compress.calibration import forward_passes
 from compress.compressors.base import CalibratedCompressor
 from compress.errors import DataError, ModelError
-from compress.layerwise import _forwards
 from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.source import Source
@@ -51,7 +51,7 @@ def slow_pass(model: Path, recipe: recipes.Recipe) -> dict[str, Tensor]:
     assert isinstance(solver, CalibratedCompressor)
     found = {}
     for site in recipe.stages[0].sites(opened.anatomy):
-        x, y = (_inputs(m, site.name, _forwards(recipe, opened)) for m in (student, original))
+        x, y = (_inputs(m, site.name, forward_passes(recipe, opened)) for m in (student, original))
         if x is None or y is None:
             continue
         kept = student.get_parameter(site.parameter)

@@ -1,0 +1,165 @@
+"""One job: calibration tokens in, a child process, and a row of numbers out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from compress import registry
+from compress.checkpoint import load_tokenizer, resolve
+from compress.data import windows
+from compress.errors import CompressError, RecipeError
+from eval.harness import evaluate
+from eval.peers.environment import python
+from eval.peers.jobs import OURS, TOOLKITS, Job, Method, Setting, Text
+from eval.results import Result
+
+CHILD = Path(__file__).with_name("child.py")
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one job came to. ``error`` is the last line of a child that failed, and then all.
+
+    samples  nll of every held-out window, nats a token
+    bytes    of the weight files that the toolkit wrote
+    seconds  of the compression alone; memory: bytes resident at its peak, above the imports'
+    """
+
+    job: Job
+    samples: list[float] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+    memory: int = 0
+    versions: dict[str, str] = field(default_factory=dict)
+    error: str = ""
+
+    def line(self) -> str:
+        return json.dumps(vars(self) | {"job": self.job.dump()})
+
+    @staticmethod
+    def of(line: str) -> Row:
+        raw = json.loads(line)
+        return Row(**raw | {"job": Job.of(raw["job"])})
+
+
+def read(file: Path) -> list[Row]:
+    """The rows of an earlier run, the last one of each job."""
+    if not file.exists():
+        return []
+    rows = [Row.of(line) for line in file.read_text().splitlines()]
+    return list({row.job.key: row for row in rows}.values())
+
+
+def run(job: Job, home: Path) -> Row:
+    """Compress in the toolkit's own environment, and measure what came of it.
+
+    Raises:
+        CompressError: the environment does not install.
+    """
+    toolkit = TOOLKITS[job.method.toolkit]
+    interpreter = python(toolkit, home)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        (out / "job.json").write_text(json.dumps(_wanted(job, out, toolkit.adapter)))
+        done = subprocess.run(
+            [interpreter, "-I", CHILD, out / "job.json"],
+            capture_output=True, text=True, cwd=folder, env=_environment(job),
+        )  # fmt: skip
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()]
+            return Row(job, error=(lines or ["it was killed"])[-1][:300])
+        answer = json.loads((out / "answer.json").read_text())
+        return Row(
+            job,
+            nll(str(out / "dense"), job.text),
+            sum(f.stat().st_size for kind in WEIGHTS for f in (out / "packed").rglob(kind)),
+            answer["seconds"],
+            answer["resident_peak"] - answer["resident_imported"],
+            answer["versions"],
+        )
+
+
+def nll(folder: str, text: Text) -> list[float]:
+    """Mean nll of every held-out window, in nats a token."""
+    for item in evaluate(
+        [folder], ["nll"], data=text.data, samples=text.held_out, length=text.length
+    ):
+        if isinstance(item, Result):
+            return item.samples
+    raise CompressError(f"{folder}: nothing was measured")
+
+
+def known(methods: Iterable[Method]) -> tuple[list[Method], list[str]]:
+    """Methods that can be run, and the names of those of ours that are not there."""
+    there, missing = [], []
+    for method in methods:
+        try:
+            for stage in method.options.get("stages", []):
+                registry.get(stage["use"])
+            there.append(method)
+        except RecipeError:
+            missing.append(method.name)
+    return there, missing
+
+
+def _wanted(job: Job, out: Path, adapter: Path) -> dict[str, Any]:
+    """What the child is told, beside files that it finds in ``out``."""
+    model = resolve(job.model)
+    tokens = windows(
+        job.text.data,
+        load_tokenizer(model),
+        part="calibration",
+        samples=job.text.samples,
+        length=job.text.length,
+        seed=job.seed,
+    ).tokens
+    save_file({"tokens": tokens}, out / "tokens.safetensors")
+    options = dict(job.method.options)
+    if job.method.toolkit == OURS:
+        first, *rest = options["stages"]
+        options["stages"] = [first | _said(job.setting, job.method), *rest]
+    return {
+        "adapter": str(adapter),
+        "out": str(out),
+        "model": str(model),
+        "tokens": str(out / "tokens.safetensors"),
+        "method": job.method.method,
+        "options": options,
+        "symmetric": True,
+        "seed": job.seed,
+        "threads": job.threads,
+        **vars(job.setting),
+        **vars(job.text),
+    }
+
+
+def _said(setting: Setting, method: Method) -> dict[str, Any]:
+    """A setting in the words of a recipe."""
+    if method.bits is not None:
+        return {}
+    if setting.bits is not None:
+        return {"bits": setting.bits, "group": setting.group or "channel"}
+    if setting.pattern is not None:
+        return {"pattern": setting.pattern}
+    return {"sparsity": setting.sparsity}
+
+
+def _environment(job: Job) -> dict[str, str]:
+    threads = str(job.threads)
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": threads,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
