@@ -23,6 +23,7 @@ from compress.anatomy import Anatomy, Block, Site
 from compress.memory import give_back
 from compress.store import Part
 from compress.weights import Weight
+from compress.weights.modeling_compressed import round_tokens
 
 
 @contextmanager
@@ -73,6 +74,25 @@ def streamed(
             handle.remove()
         for block in anatomy.blocks:
             empty(skeleton, anatomy, block)
+
+
+@contextmanager
+def rounded_inputs(model: nn.Module, specs: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Sites whose spec says so round what they read, as they will when the model is loaded."""
+
+    def rounds(bits: int) -> Callable[..., Any]:
+        return lambda _, args: (round_tokens(args[0], bits), *args[1:])
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(rounds(spec["activations"]))
+        for name, spec in specs.items()
+        if "activations" in spec
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress import distributed
 from compress.checkpoint import load_tokenizer
 from compress.compressors.base import (
     CalibratedCompressor,
@@ -10,9 +17,11 @@ from compress.compressors.base import (
 )
 from compress.data import Windows, windows
 from compress.errors import DataError, ModelError, NotMeasurable
-from compress.objective import family, window_length
+from compress.objective import examples, family, window_length
 from compress.recipe import Recipe, Stage
 from compress.source import Source
+
+TOKENS = 8192  # in one forward pass
 
 
 def calibrates(stage: Stage, recipe: Recipe, source: Source) -> bool:
@@ -40,6 +49,29 @@ def text(recipe: Recipe, source: Source, samples: int, length: int | None) -> Wi
         length=window_length(source.config.to_dict(), length),
         seed=recipe.seed,
     )
+
+
+def forward_passes(recipe: Recipe, source: Source) -> list[Callable[[nn.Module], Any]]:
+    """This process' share of the calibration text, in passes of about ``TOKENS`` tokens."""
+    wanted = recipe.calibration
+    read = text(recipe, source, wanted.samples, wanted.length)
+    asked = examples(
+        source.skeleton,
+        read.tokens,
+        read.token_bytes,
+        load_tokenizer(source.folder),
+        seed=recipe.seed,
+    )
+    mine = range(distributed.rank(), len(asked), distributed.size())
+    if not mine:
+        raise DataError(f"{recipe.data}: {len(asked)} windows for {distributed.size()} processes")
+    size = max(1, TOKENS // read.tokens.shape[1])
+
+    def forward(rows: Tensor) -> Callable[[nn.Module], Any]:
+        inputs = {name: ids[rows] for name, ids in asked.inputs.items()}
+        return lambda model: model(**inputs, **asked.options)
+
+    return [forward(rows) for rows in torch.tensor(mine).split(size)]
 
 
 def check_text(recipe: Recipe, source: Source) -> None:

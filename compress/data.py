@@ -10,6 +10,7 @@ a local ``.txt``, ``.json``, ``.jsonl`` or ``.parquet`` file, a folder of such f
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -118,11 +119,12 @@ def _documents(source: str) -> list[tuple[str, str | Path]] | Iterator[tuple[str
     if source == "demo":
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-        return [
-            (path.relative_to(root).as_posix(), path)
-            for path in root.rglob("*.py")
-            if not skip & set(path.relative_to(root).parts)
-        ]
+        found: list[tuple[str, str | Path]] = []
+        for folder, inner, names in os.walk(root):
+            inner[:] = [name for name in inner if name not in skip]
+            paths = [Path(folder, name) for name in names if name.endswith(".py")]
+            found += [(path.relative_to(root).as_posix(), path) for path in paths]
+        return found
     path = Path(source)
     if path.is_dir():
         files = [p for p in path.rglob("*") if p.suffix in (".txt", ".json", ".jsonl", ".parquet")]

@@ -100,17 +100,21 @@ class CompressedTensors(Format):
                 return f"{site.name}: the group does not divide the width {site.shape[1]}"
             if spec["bits"] == 4 and not spec["symmetric"] and site.shape[0] <= 8:
                 return f"{site.name}: compressed-tensors cannot unpack so few 4-bit zero-points"
+        rounds = any("activations" in self.specs[site.name] for site in packed)
+        if self._dequantize() and rounds:
+            return "weights that are unpacked while loading read inputs that are not rounded"
         if self._dequantize() and len(self._schemes()) > 1:
             return "zero-points, packed embeddings and adapters load with one setting only"
         return None
 
-    def _schemes(self) -> dict[tuple[int, int | None, bool], list[Site]]:
-        """(bits, group or None for a whole row, symmetric) → sites."""
-        schemes: dict[tuple[int, int | None, bool], list[Site]] = {}
+    def _schemes(self) -> dict[tuple[int, int | None, bool, int | None], list[Site]]:
+        """(bits, group or None for a whole row, symmetric, bits of inputs) → sites."""
+        schemes: dict[tuple[int, int | None, bool, int | None], list[Site]] = {}
         for site in self.of_kind("quantized"):
             spec = self.specs[site.name]
             group = None if spec["group"] == site.shape[1] else spec["group"]
-            schemes.setdefault((spec["bits"], group, spec["symmetric"]), []).append(site)
+            key = (spec["bits"], group, spec["symmetric"], spec.get("activations"))
+            schemes.setdefault(key, []).append(site)
         return schemes
 
     def _dequantize(self) -> bool:
@@ -125,6 +129,10 @@ class CompressedTensors(Format):
     def tensors(self, site: Site, weight: Weight) -> dict[str, Tensor]:
         if weight.kind != "quantized":
             return super().tensors(site, weight)
+        if "activations" in weight.spec:  # a byte a code, ready for integer kernels
+            codes = modeling_compressed.unpack_codes(weight.spec, weight.tensors)
+            scale = weight.tensors["weight_scale"]
+            return {site.parameter: codes, f"{site.name}.weight_scale": scale}
         return {f"{site.name}.{key}": tensor for key, tensor in weight.tensors.items()}
 
     def configure(self, config: dict[str, Any], shapes: Shapes) -> None:
@@ -138,7 +146,7 @@ class CompressedTensors(Format):
         ]
         groups = {}
         for number, (scheme, sites) in enumerate(self._schemes().items()):
-            bits, group, symmetric = scheme
+            bits, group, symmetric, inputs = scheme
             weights = {
                 "num_bits": bits,
                 "type": "int",
@@ -150,16 +158,20 @@ class CompressedTensors(Format):
                 weights["group_size"] = group
             one = len(self._schemes()) == 1 and all(s.layout == "linear" for s in sites)
             targets = ["Linear"] if one else [site.name for site in sites]
+            rounded = {"num_bits": inputs, "type": "int", "symmetric": True}
             groups[f"group_{number}"] = {
                 "targets": targets,
-                "format": "pack-quantized",
+                "format": "int-quantized" if inputs else "pack-quantized",
                 "weights": weights,
-                "input_activations": None,
+                "input_activations": rounded | {"strategy": "token", "dynamic": True}
+                if inputs
+                else None,
                 "output_activations": None,
             }
+        formats = {group["format"] for group in groups.values()}
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "quantization_status": "compressed",
             "config_groups": groups,
             "ignore": plain,

@@ -1,9 +1,10 @@
 """A stage of layer problems: every site solved once, block by block, with or without data.
 
 With data, the calibration text runs through the partly compressed model, and through the model as
-the stage found it, once each and together. Wherever a site reads its input, all passes wait: the
-moments of what they read make the site's problem, the answer goes into the compressed model, and
-the passes go on. So every site sees the inputs that it will have, and nothing is computed twice.
+the stage found it (the original, if the method restores that), once each and together. Wherever a
+site reads its input, all passes wait: the moments of what they read make the site's problem, the
+answer goes into the compressed model, and the passes go on. So every site sees the inputs that it
+will have, and nothing is computed twice.
 Of several processes each runs its share of the text, and solves the problems of all.
 """
 
@@ -21,22 +22,18 @@ from compress import distributed
 from compress.anatomy import Site
 from compress.assemble import assemble
 from compress.blockwise import Stop, dense_tensor, put, stops, streamed
-from compress.calibration import calibrates, text
-from compress.checkpoint import load_tokenizer
+from compress.calibration import calibrates, forward_passes
 from compress.compressors.base import CalibratedCompressor, LayerCompressor
-from compress.errors import DataError, ModelError
+from compress.errors import ModelError
 from compress.events import Event
 from compress.memory import give_back
 from compress.moments import Moments
-from compress.objective import examples
 from compress.problem import LayerProblem, relative_error
 from compress.recipe import Recipe, Stage
 from compress.sensitivity import Sensitivity, sensitivities
 from compress.source import Source
 from compress.store import Blocks, Part, Store
 from compress.weights import Weight
-
-TOKENS = 8192  # in one forward pass
 
 
 def solve(
@@ -73,9 +70,11 @@ def _without_data(
         if store.has(i):
             continue
         part = before.read(i)
+        wanted = source.block(block)[0] if compressor.restores else None
         for site in block.sites:
             if site.name in taken:
-                problem = LayerProblem(site.name, part.weights[site.name])
+                goal = wanted[site.name].dense() if wanted else None
+                problem = LayerProblem(site.name, part.weights[site.name], goal=goal)
                 weight = solver.compress(problem)
                 part.weights[site.name] = weight
                 part.records.append(record(number, stage, site, problem, weight))
@@ -109,7 +108,7 @@ def record(
         "relative_error": error,
         "packs": stage.compressor.packs,
         "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
-    }
+    } | {key: weight.spec[key] for key in ("activations",) if key in weight.spec}
 
 
 class _Calibrated:
@@ -127,8 +126,10 @@ class _Calibrated:
         assert isinstance(stage.compressor, CalibratedCompressor)
         self.number, self.stage, self.compressor = number, stage, stage.compressor
         self.source, self.before, self.store = source, before, store
-        self.forwards = _forwards(recipe, source)
+        self.forwards = forward_passes(recipe, source)
         self.sensitivities: dict[str, Sensitivity] = {}
+        # as the model runs, in half the memory; processors are slow at float16
+        self.dtype = source.dtype if source.dtype == torch.bfloat16 else torch.float32
         self.blocks = {s.name: i for i, b in enumerate(source.anatomy.blocks) for s in b.sites}
         self.open: dict[int, Part] = {}  # blocks with sites that are still to be solved
         self.sites = {site.name: site for site in stage.sites(source.anatomy)}
@@ -162,7 +163,8 @@ class _Calibrated:
         names = [name for sites in self.left.values() for name in sites]
         for model, stop, moments in self.walk(names, self.read):
             site, weight = self.settle(solver, stop.name, moments)
-            put(model, self.source.anatomy, site.parameter, dense_tensor(site, weight).float())
+            dense = dense_tensor(site, weight).to(self.dtype)
+            put(model, self.source.anatomy, site.parameter, dense)
             yield event()
         for number in range(len(self.source.anatomy.blocks)):
             if number not in self.done:
@@ -209,7 +211,7 @@ class _Calibrated:
             return
         readers = [read]
         if moving and self.compressor.propagate:
-            readers.append(self.before.read)
+            readers.append(self.wanted)
         with ExitStack() as stack:
             models = [
                 stack.enter_context(
@@ -217,7 +219,7 @@ class _Calibrated:
                         self.source.new_skeleton(),
                         self.source.anatomy,
                         reader,
-                        torch.float32,
+                        self.dtype,
                         len(self.forwards),
                     )
                 )
@@ -252,10 +254,7 @@ class _Calibrated:
         part = self.open[number]
         site = self.left[number][name]
         before = part.weights[name]
-        goal = None
-        if moments is not None and solver.propagate and before.kind != "lowrank":
-            goal = moments.corrected(before.dense(), solver.propagate)
-        problem = self.problem(name, before, moments, goal)
+        problem = self.problem(name, before, moments, self.goal(name, before, moments))
         weight, used = solver.best(problem)
         part.weights[name] = weight
         part.records.append(
@@ -266,6 +265,24 @@ class _Calibrated:
             self.write(number, self.open.pop(number))
             give_back()
         return site, weight
+
+    def goal(self, name: str, before: Weight, moments: Moments | None) -> Tensor | None:
+        """The matrix that is wanted, corrected for upstream error; None if it is ``before`` itself.
+
+        Factors are solved one by one, each for itself.
+        """
+        strength = self.compressor.propagate if moments is not None else 0
+        if before.kind == "lowrank" or not (strength or self.compressor.restores):
+            return None
+        if self.compressor.restores:
+            before = self.wanted(self.blocks[name]).weights[name]
+        return moments.corrected(before.dense(), strength) if moments else before.dense()
+
+    def wanted(self, number: int) -> Part:
+        """A block of the model whose outputs are wanted."""
+        if self.compressor.restores:
+            return Part(*self.source.block(self.source.anatomy.blocks[number]))
+        return self.before.read(number)
 
     def write(self, number: int, part: Part) -> None:
         if distributed.rank() == 0:
@@ -281,29 +298,6 @@ class _Calibrated:
 
     def _is_linear(self, name: str) -> bool:
         return isinstance(self.source.skeleton.get_submodule(name), nn.Linear)
-
-
-def _forwards(recipe: Recipe, source: Source) -> list[Callable[[nn.Module], Any]]:
-    """This process' share of the calibration text, in passes of about ``TOKENS`` tokens."""
-    wanted = recipe.calibration
-    read = text(recipe, source, wanted.samples, wanted.length)
-    asked = examples(
-        source.skeleton,
-        read.tokens,
-        read.token_bytes,
-        load_tokenizer(source.folder),
-        seed=recipe.seed,
-    )
-    mine = range(distributed.rank(), len(asked), distributed.size())
-    if not mine:
-        raise DataError(f"{recipe.data}: {len(asked)} windows for {distributed.size()} processes")
-    size = max(1, TOKENS // read.tokens.shape[1])
-
-    def forward(rows: Tensor) -> Callable[[nn.Module], Any]:
-        inputs = {name: ids[rows] for name, ids in asked.inputs.items()}
-        return lambda model: model(**inputs, **asked.options)
-
-    return [forward(rows) for rows in torch.tensor(mine).split(size)]
 
 
 def _same_inputs(one: Stop, other: Stop) -> bool:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from compress import registry
 from compress.anatomy import Anatomy, Site, select
-from compress.compressors.base import Compressor
+from compress.compressors.base import Compressor, TransformCompressor
 from compress.errors import RecipeError, did_you_mean
 
 
@@ -186,7 +186,15 @@ def check_order(stages: Sequence[Stage], anatomy: Anatomy) -> dict[str, str]:
     """
     kinds = {site.name: "dense" for site in anatomy.sites}
     last = {site.name: "the original model" for site in anatomy.sites}
+    transform = ""
     for number, stage in enumerate(stages):
+        if transform and stage.compressor.restores:
+            raise RecipeError(
+                f"stages.{number} ({stage.use}) cannot follow {transform}, which leaves other "
+                "matrices than the original model's that it restores"
+            )
+        if isinstance(stage.compressor, TransformCompressor):
+            transform = f"stages.{number} ({stage.use})"
         for site in stage.sites(anatomy):
             kind = kinds[site.name]
             if kind not in stage.compressor.accepts:

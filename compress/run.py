@@ -19,10 +19,15 @@ import torch
 
 from compress import calibration, distributed
 from compress.assemble import assemble, take_back
-from compress.blockwise import streamed
+from compress.blockwise import rounded_inputs, streamed
 from compress.calibration import calibrates, check_text
 from compress.checkpoint import load, load_tokenizer, record
-from compress.compressors.base import LayerCompressor, TrainingCompressor, TrainingRun
+from compress.compressors.base import (
+    LayerCompressor,
+    TrainingCompressor,
+    TrainingRun,
+    TransformCompressor,
+)
 from compress.errors import CheckpointError, DataError
 from compress.events import Event
 from compress.formats import auto_classes
@@ -34,6 +39,7 @@ from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
 from compress.source import Source
 from compress.store import Blocks, Part, Store
+from compress.transform import transform
 from compress.verify import Verifier, probe_inputs
 from compress.workdir import (
     disk_errors,
@@ -107,7 +113,9 @@ def _help(recipe: Recipe, out: Path) -> Generator[Event, None, dict[str, Any]]:
     before: Blocks = Store(work / f"stage-{done - 1}") if done else Original(source)
     for number, stage in list(enumerate(recipe.stages))[done:]:
         store = Store(work / f"stage-{number}")
-        if calibrates(stage, recipe, source):
+        if isinstance(stage.compressor, TransformCompressor):
+            yield from transform(number, stage, recipe, source, before, store)
+        elif calibrates(stage, recipe, source):
             yield from solve(number, stage, recipe, source, before, store)
         distributed.wait()
         before = store
@@ -163,6 +171,8 @@ def _stage(
     report: dict[str, Any] = {}
     if isinstance(stage.compressor, TrainingCompressor):
         report = yield from _train(number, stage, recipe, source, before, store)
+    elif isinstance(stage.compressor, TransformCompressor):
+        yield from transform(number, stage, recipe, source, before, store)
     else:
         assert isinstance(stage.compressor, LayerCompressor)
         yield from solve(number, stage, recipe, source, before, store)
@@ -242,7 +252,13 @@ def expect(source: Source, store: Blocks, recipe: Recipe) -> dict[str, Any]:
     skeleton = source.new_skeleton()
     inputs = probe_inputs(skeleton)
     dtype = getattr(source.config, "dtype", None) or source.dtype
-    with streamed(skeleton, source.anatomy, store.read, dtype) as model:
+    specs: dict[str, Any] = {}
+    for number in range(len(source.anatomy.blocks)):
+        specs |= store.header(number)[0]
+    with (
+        streamed(skeleton, source.anatomy, store.read, dtype) as model,
+        rounded_inputs(model, specs),
+    ):
         logits = observe(model, inputs)
     return {
         "auto_class": auto_classes(source.model_class, source.config)[0],

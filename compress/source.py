@@ -190,7 +190,7 @@ class Source:
         place = {}
         for block in self.anatomy.blocks:
             for name in block.tensors:
-                for candidate in groups.get(name, [name]):
+                for candidate in (name, *groups.get(name, ())):
                     spellings = (candidate, candidate.removeprefix(prefix), prefix + candidate)
                     found = next((there[s] for s in spellings if s in there), None)
                     if found is not None:

@@ -22,7 +22,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from compress import registry
-from compress.compressors.base import Compressor, LayerCompressor, TrainingCompressor
+from compress.compressors.base import (
+    Compressor,
+    LayerCompressor,
+    RotationCompressor,
+    ScalingCompressor,
+    SharedInput,
+    TrainingCompressor,
+)
 from compress.errors import CompressError
 from compress.problem import LayerProblem, relative_error
 from compress.recipe import Stage
@@ -55,6 +62,10 @@ def check_compressor(compressor: str | type[Compressor], **parameters: Any) -> l
         checks += [solves_every_matrix, follows_what_it_accepts]
     if issubclass(cls, TrainingCompressor):
         checks.append(asks_for_text)
+    if issubclass(cls, ScalingCompressor):
+        checks.append(scales_every_input)
+    if issubclass(cls, RotationCompressor):
+        checks.append(turns_without_loss)
     made = cls.model_validate(parameters)
     for check in checks:
         try:
@@ -125,6 +136,35 @@ def asks_for_text(compressor: Compressor, parameters: dict[str, Any]) -> None:
         len(wanted) == 2 and all(isinstance(n, int) and n > 0 for n in wanted),
         f"tokens() is {wanted!r}, not (windows, tokens in a window)",
     )
+
+
+def scales_every_input(compressor: Compressor, parameters: dict[str, Any]) -> None:
+    """``scale`` is positive, finite and the same when asked again, for awkward inputs, too."""
+    assert isinstance(compressor, ScalingCompressor)
+    for name, problem in problems().items():
+        size = problem.H_diag.sqrt() * (torch.arange(problem.weight.shape[1]) % 5 != 1)
+        H = torch.outer(size, size) + torch.diag(size**2)
+        for inputs in (
+            SharedInput([problem.W, 3 * problem.W], H, size, 4 * size),
+            SharedInput([problem.W], 0 * H, 0 * size, 0 * size),
+        ):
+            scale = compressor.scale(inputs)
+            _require(scale.shape == size.shape, f"{name}: scales are {list(scale.shape)}")
+            _require(torch.isfinite(scale).all(), f"{name}: a scale is not finite")
+            _require((scale > 0).all(), f"{name}: a scale is not positive")
+            again = compressor.scale(inputs)
+            _require(torch.equal(scale, again), f"{name}: two calls gave different scales")
+
+
+def turns_without_loss(compressor: Compressor, parameters: dict[str, Any]) -> None:
+    """``rotation`` is orthogonal and the same when asked again, for any width."""
+    assert isinstance(compressor, RotationCompressor)
+    for width in (1, 3, 64, 96, 100, 128):
+        R = compressor.rotation(width)
+        _require(R.shape == (width, width), f"width {width}: it is {list(R.shape)}")
+        off = (R @ R.T - torch.eye(width, dtype=R.dtype)).abs().max()
+        _require(off < 1e-9, f"width {width}: R Rᵀ is off from the identity by {off:.2g}")
+        _require(torch.equal(R, compressor.rotation(width)), "two calls gave different rotations")
 
 
 def solves_every_matrix(compressor: Compressor, parameters: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
-"""A stage that writes a dense model as an equal one: scales folded into the ends of its wires.
+"""A stage that writes a dense model as an equal one: a rotation, or scales of its wires.
 
-The model itself does not change, so one pass over the calibration text tells what every wire
-carries, and each block is then written with its scales. A wire is used when the stage takes all of
-its readers; a site without one is left as it was, and its record says so.
+Scales are chosen from what wires carry. The model itself does not change, so one pass over the
+calibration text tells that for all, and each block is then written with its scales. A wire is used
+when the stage takes all of its readers; a site without one is left as it was, and its record says
+so.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from torch import Tensor
 from compress import distributed
 from compress.anatomy import Site
 from compress.blockwise import Stop, stops, streamed
-from compress.compressors.base import ScalingCompressor, SharedInput
+from compress.calibration import forward_passes
+from compress.compressors.base import RotationCompressor, ScalingCompressor, SharedInput
+from compress.errors import RecipeError
 from compress.events import Event
-from compress.layerwise import calibration_passes
 from compress.recipe import Recipe, Stage
+from compress.rotation import find_stream, width
 from compress.source import Source
 from compress.store import Blocks, Part, Store
 from compress.weights import Weight
@@ -29,23 +32,68 @@ from compress.wiring import Wire, find_wires, fold
 Scales = list[list[tuple[Wire, Tensor]]]  # by block: wires and the scales [in] of their readers
 
 
-def scale(
+def transform(
     number: int, stage: Stage, recipe: Recipe, source: Source, before: Blocks, store: Store
 ) -> Iterator[Event]:
-    """Write every block of ``before`` to ``store``, scales folded in.
+    """Write every block of ``before`` to ``store``, scales or a rotation folded in.
 
     Raises:
-        ModelError: the model's channels cannot be scaled (see ``find_wires``).
+        ModelError: the model would not stay the same (see ``find_wires`` and ``find_stream``).
+        RecipeError: a rotation of a part of the model.
     """
     compressor = stage.compressor
-    assert isinstance(compressor, ScalingCompressor)
+    if isinstance(compressor, RotationCompressor):
+        yield from _turn(number, stage, compressor, source, before, store)
+    else:
+        assert isinstance(compressor, ScalingCompressor)
+        yield from _scale(number, stage, compressor, recipe, source, before, store)
+
+
+def _turn(
+    number: int,
+    stage: Stage,
+    compressor: RotationCompressor,
+    source: Source,
+    before: Blocks,
+    store: Store,
+) -> Iterator[Event]:
+    if distributed.rank():
+        return
+    R = compressor.rotation(width(source))
+    stream = find_stream(source, R)
+    turned = stream.readers | stream.writers
+    missed = turned - {site.name for site in stage.sites(source.anatomy)}
+    if missed:
+        raise RecipeError(
+            f"{stage.use} turns the whole model, and {min(missed)} is not among its targets"
+        )
+    blocks = source.anatomy.blocks
+    for i, block in enumerate(blocks):
+        if not store.has(i):
+            part = before.read(i)
+            stream.turn(i, part, R)
+            for site in block.sites:
+                weight, changed = part.weights[site.name], site.name in turned
+                part.records.append(record(number, stage, site, weight, changed=changed))
+            store.write(i, part)
+        yield Event(stage.use, i + 1, len(blocks), {})
+
+
+def _scale(
+    number: int,
+    stage: Stage,
+    compressor: ScalingCompressor,
+    recipe: Recipe,
+    source: Source,
+    before: Blocks,
+    store: Store,
+) -> Iterator[Event]:
     taken = stage.sites(source.anatomy)
     wires = usable(find_wires(source), taken, before)
     scales: Scales = [[] for _ in wires]
-    total, done = sum(map(len, wires)), 0
-    for block, wire, inputs in _inputs(wires, recipe, source, before):
-        scales[block].append((wire, wire.pooled(compressor.scale(inputs))))
-        done += 1
+    total = sum(map(len, wires))
+    for done, (place, wire, inputs) in enumerate(_inputs(wires, recipe, source, before), start=1):
+        scales[place].append((wire, wire.pooled(compressor.scale(inputs))))
         yield Event(stage.use, done, total, {})
     distributed.wait()  # before the first process writes
     if distributed.rank():
@@ -60,12 +108,14 @@ def scale(
         for site in block.sites:
             if site in taken:
                 now = part.weights[site.name]
-                scaled = now is not old[site.name]
-                part.records.append(record(number, stage, site, now, scaled=scaled))
+                changed = now is not old[site.name]
+                part.records.append(record(number, stage, site, now, changed=changed))
         store.write(i, part)
 
 
-def record(number: int, stage: Stage, site: Site, weight: Weight, *, scaled: bool) -> dict[str, Any]:
+def record(
+    number: int, stage: Stage, site: Site, weight: Weight, *, changed: bool
+) -> dict[str, Any]:
     """What compression.json says of a site whose weight changed and whose function did not."""
     return {
         "number": number,
@@ -80,7 +130,7 @@ def record(number: int, stage: Stage, site: Site, weight: Weight, *, scaled: boo
         "relative_error": 0.0,
         "packs": False,
         "kept": True,
-        "method": stage.use if scaled else "as it was",
+        "method": stage.use if changed else "as it was",
     }
 
 
@@ -108,12 +158,10 @@ def _inputs(
     """What every wire carries when the calibration text runs through the model."""
     first = {wire.readers[0].name: (i, wire) for i, ws in enumerate(wires) for wire in ws}
     order = [s.name for s in source.anatomy.sites if s.name in first]
-    passes = calibration_passes(recipe, source)
+    passes = forward_passes(recipe, source)
     with ExitStack() as stack:
         model = stack.enter_context(
-            streamed(
-                source.new_skeleton(), source.anatomy, before.read, torch.float32, len(passes)
-            )
+            streamed(source.new_skeleton(), source.anatomy, before.read, torch.float32, len(passes))
         )
         stopping = stops([model], passes, order)
         stack.enter_context(closing(stopping))

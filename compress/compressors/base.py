@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from compress.anatomy import Site, anatomize, select
 from compress.data import Windows
+from compress.errors import RecipeError
 from compress.moments import Moments
 from compress.problem import LayerProblem, relative_error
 from compress.weights import Dense, LowRank, Weight
@@ -41,6 +42,7 @@ class Compressor(BaseModel):
     makes: ClassVar[str] = "dense"  # kind of weight it ends with
     layouts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d", "embedding"})
     packs: ClassVar[bool] = True  # whether the stored bytes must fall
+    restores: ClassVar[bool] = False  # whether it aims at the original model's weights, not its own
     default_targets: ClassVar[tuple[str, ...]] = ("blocks",)
 
     def result(self, kind: str) -> str:
@@ -163,6 +165,19 @@ class CalibratedCompressor(LayerCompressor, ABC):
 
     def compress(self, problem: LayerProblem) -> Weight:
         return self.best(problem)[0]
+
+    def apply(self, model: nn.Module, targets: Iterable[str] = ("blocks",)) -> dict[str, float]:
+        """As its data-free self, where that is meant; a recipe reads text.
+
+        Raises:
+            RecipeError: the method is nothing without data.
+        """
+        if self.needs_text:
+            raise RecipeError(
+                f"{self.name} looks at what layers read: use compress.apply with a recipe that "
+                f"has calibration.data, or {self.name}(matrix, H) for one matrix"
+            )
+        return super().apply(model, targets)
 
     def best(self, problem: LayerProblem) -> tuple[Weight, str]:
         """The solution and the name of the method that made it, by the problem's own measure."""

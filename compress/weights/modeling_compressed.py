@@ -86,6 +86,18 @@ def spread(per_group: Tensor, group: int, columns: int) -> Tensor:
     return per_group.repeat_interleave(group, dim=1)[:, :columns]
 
 
+def round_tokens(x: Tensor, bits: int) -> Tensor:
+    """x [..., in] with every token on a symmetric grid of its own, whose end is its max |x|.
+
+    In the dtype of x, as compressed-tensors does it. The gradient passes as if nothing was rounded.
+    """
+    top, fixed = 2 ** (bits - 1), x.detach()
+    step = fixed.abs().amax(-1, keepdim=True) / (top - 0.5)
+    step = step.where(step != 0, 1.0)
+    rounded = (fixed / step).round().clamp(-top, top - 1) * step
+    return x + (rounded - fixed) if x.requires_grad else rounded
+
+
 def _lowrank(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     """left [out, rank] @ right [rank, in]; each factor is itself a weight of any kind."""
     left, right = factors(spec, tensors)
@@ -160,6 +172,8 @@ class Compressed(nn.Module):
         return matrix
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        if "activations" in self.spec:
+            inputs = (round_tokens(inputs[0], self.spec["activations"]), *inputs[1:])
         if self.spec["kind"] != "lowrank" or isinstance(self, nn.Embedding):
             return super().forward(*inputs, **named)
         x = inputs[0] if inputs else named["input"]

@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-from compress.checkpoint import resolve
 from compress.errors import CompressError
 from eval.peers.environment import HOME
 from eval.peers.jobs import PEERS, PRUNING, RECIPES, TOOLKITS, Setting, Text, jobs
@@ -24,7 +23,7 @@ def main() -> None:
     if missing:
         _say(f"not there, left out: {', '.join(missing)}")
     methods = [m for m in methods if not options.toolkits or m.toolkit in options.toolkits]
-    methods = [m for m in methods if not options.methods or m.method in options.methods]
+    methods = [m for m in methods if not options.methods or m.name in options.methods]
     wanted = list(
         jobs(methods, settings, options.seeds, model=options.model, text=text,
              threads=options.threads)
@@ -46,7 +45,7 @@ def main() -> None:
         with file.open("a") as stream:
             stream.write(row.line() + "\n")
         _say(f"    {row.error or f'{time.perf_counter() - start:.0f} s'}")
-    original = nll(str(resolve(options.model)), text)
+    original = nll(options.model, text)
     found = summarize([row for row in rows if row.job.text == text], original)
     table = markdown(found)
     (options.out / "peers.md").write_text(table)
@@ -68,7 +67,7 @@ def _options() -> argparse.Namespace:
     add("--prune", action="store_true", help="pruning at 50%%, 2:4 and 70%% as well")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--toolkits", nargs="+", choices=TOOLKITS)
-    add("--methods", nargs="+", help="by the names that adapters know, e.g. gptq")
+    add("--methods", nargs="+", help="by their names in the table, e.g. gptq")
     add("--samples", type=int, default=128, help="windows of calibration text")
     add("--length", type=int, default=256, help="tokens of a window")
     add("--held-out", type=int, default=128, help="windows to measure on")

@@ -33,7 +33,7 @@ def grid_for(W: Tensor, bits: int, group: int, symmetric: bool = True) -> Grid:
     return search_grid(W, ones, bits=bits, group=group, symmetric=symmetric, dtype=torch.float16)
 
 
-def loss(codes: Tensor, T: Tensor, grid: Grid, H: Tensor) -> Tensor:
+def row_loss(codes: Tensor, T: Tensor, grid: Grid, H: Tensor) -> Tensor:
     """float64 [out], Σ over the row of (Ŵ − T) H (Ŵ − T)ᵀ."""
     D = (grid.values(codes) - T).double()
     return ((D @ H.double()) * D).sum(1)
@@ -68,17 +68,17 @@ def test_descent_never_rises_and_ends_where_no_code_alone_can_be_better() -> Non
     grid = grid_for(T, 3, 8)
     codes = grid.codes(T)
     damped = H.damped
-    before = loss(codes, T, grid, damped)
+    before = row_loss(codes, T, grid, damped)
     for _ in range(40):
         codes = descend(codes, T, grid, H)
-        after = loss(codes, T, grid, damped)
+        after = row_loss(codes, T, grid, damped)
         assert (after <= before * (1 + 1e-5)).all()
         before = after
     for j in range(24):
         for value in range(8):
             other = codes.clone()
             other[:, j] = value
-            assert (loss(other, T, grid, damped) >= before * (1 - 1e-5)).all()
+            assert (row_loss(other, T, grid, damped) >= before * (1 - 1e-5)).all()
 
 
 def test_refit_is_the_least_squares_scale_of_every_group() -> None:
@@ -102,10 +102,10 @@ def test_close_to_the_best_there_is() -> None:
     grid = grid_for(T, 2, 8)
     every = torch.tensor(list(itertools.product(range(4), repeat=6)), dtype=torch.uint8)
     codes = descend(round_with_feedback(T, grid, H), T, grid, H)
-    ours, plain = (loss(c, T, grid, H.damped) for c in (codes, grid.codes(T)))
+    ours, plain = (row_loss(c, T, grid, H.damped) for c in (codes, grid.codes(T)))
     best = torch.stack(
         [
-            loss(every, T[r : r + 1], Grid(grid.scale[r : r + 1].expand(len(every), 1),
+            row_loss(every, T[r : r + 1], Grid(grid.scale[r : r + 1].expand(len(every), 1),
                  grid.zero[r : r + 1].expand(len(every), 1), 2, 6, True), H.damped).min()
             for r in range(12)
         ]

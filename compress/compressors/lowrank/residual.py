@@ -17,14 +17,16 @@ class Residual(Truncation):
     """Add the best rank-r correction to a packed weight Q: Ŵ = Q + A·B (QERA, arXiv 2410.06040).
 
     A·B is the truncation of T − Q in the metric of the layer's outputs (EoRA, arXiv 2410.21271);
-    T is the problem's target, the matrix before it was packed. A problem without one has nothing
-    to give back, and A·B is zero. In a checkpoint it is a PEFT adapter beside the packed weights.
+    T is the problem's target, the original model's matrix. A problem without one has nothing to
+    give back, and A·B is zero. In a checkpoint it is a PEFT adapter beside the packed weights.
     """
 
     accepts: ClassVar = frozenset({"quantized", "int8", "nf4", "sparse"})
     makes: ClassVar = "sum"
     layouts: ClassVar = frozenset({"linear", "conv1d"})
     packs: ClassVar = False
+    restores: ClassVar = True
+    needs_text: ClassVar = False
 
     rank: int | None = Field(None, ge=1, description="rank of every correction; 16 if unsaid")
     ratio: float | None = Field(

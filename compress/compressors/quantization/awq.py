@@ -16,9 +16,10 @@ from compress.problem import LayerProblem
 class AWQ(ScalingCompressor):
     """Scale up the columns of large inputs before rounding (AWQ, arXiv 2306.00978).
 
-    s_j = (mean |x_j|)^α, divided by √(max s · min s). α in [0, 1] is the one with the least
-    Σ tr(D H Dᵀ), D = Q(W·diag(s))·diag(s)⁻¹ − W, over all matrices that read x; α = 0 changes
-    nothing. Q rounds to nearest as the stage after this one should: give both the same numbers.
+    s_j = x_j^α, or s_j = x_j^α / w_j^(1−α), where x is the mean |x| and w the root mean square of
+    the columns; divided by √(max s · min s). Form and α in [0, 1] are those with the least
+    Σ tr(D H Dᵀ), D = Q(W·diag(s))·diag(s)⁻¹ − W, over all matrices that read x; s = 1 is among
+    them. Q rounds to nearest as the stage after this one should: give both the same numbers.
     """
 
     bits: int = Field(4, ge=2, le=8, description="bits a weight that the scales are chosen for")
@@ -26,7 +27,7 @@ class AWQ(ScalingCompressor):
         64, description='inputs that will share a grid: a number from 8, or "channel"'
     )
     symmetric: bool = Field(True, description="whether that grid has no zero-point")
-    steps: int = Field(20, ge=1, description="how many α above 0 are tried")
+    steps: int = Field(10, ge=1, description="how many α are tried in either form")
 
     def model_post_init(self, context: object) -> None:
         RTN(bits=self.bits, group=self.group, symmetric=self.symmetric)
@@ -34,11 +35,15 @@ class AWQ(ScalingCompressor):
     def scale(self, inputs: SharedInput) -> Tensor:
         best = torch.ones_like(inputs.mean)
         least = self._error(inputs, best)
-        for alpha in torch.linspace(0, 1, self.steps + 1)[1:].tolist():
-            scale = powers(inputs.mean, alpha)
-            error = self._error(inputs, scale)
-            if error < least:
-                best, least = scale, error
+        columns = torch.cat(inputs.matrices).square().mean(0).sqrt()
+        for step in range(self.steps + 1):
+            alpha = step / self.steps
+            x = bounded(inputs.mean) ** alpha
+            for candidate in (x, x / bounded(columns) ** (1 - alpha)):
+                scale = candidate / (candidate.max() * candidate.min()).sqrt()
+                error = self._error(inputs, scale)
+                if error < least:
+                    best, least = scale, error
         return best
 
     def _error(self, inputs: SharedInput, scale: Tensor) -> float:
@@ -52,9 +57,7 @@ class AWQ(ScalingCompressor):
         return error
 
 
-def powers(size: Tensor, alpha: float) -> Tensor:
-    """size^α [in] about 1: inputs that are never seen, or very small, count as 1e-4 of the rest."""
-    if not size.max() > 0:
-        return torch.ones_like(size)
-    scale = size.clamp(min=1e-4 * size.max().item()) ** alpha
-    return scale / (scale.max() * scale.min()).sqrt()
+def bounded(size: Tensor) -> Tensor:
+    """Sizes [in], of which none counts as less than 1e-4 of the largest; 1 where all are zero."""
+    most = size.max().item()
+    return size.clamp(min=1e-4 * most) if most > 0 else torch.ones_like(size)
