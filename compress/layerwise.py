@@ -144,7 +144,7 @@ class _Calibrated:
     def events(self) -> Iterator[Event]:
         if self.compressor.loss_weighted:
             whole = assemble(self.source, self.before, torch.float32)
-            self.sensitivities = sensitivities(whole, self.forwards, list(self.sites))
+            self.sensitivities = sensitivities(whole, self.forwards, self.readers())
         solver = self.compressor.prepare(self.problems)
         assert isinstance(solver, CalibratedCompressor)
         total = sum(map(len, self.left.values()))
@@ -177,10 +177,13 @@ class _Calibrated:
 
     def problems(self) -> Iterator[LayerProblem]:
         """Every site's problem in the model as it is before the stage; nothing changes."""
-        names = [name for name, site in self.sites.items() if site.layout != "embedding"]
-        for _, stop, moments in self.walk(names, self.before.read, moving=False):
+        for _, stop, moments in self.walk(self.readers(), self.before.read, moving=False):
             part = self.before.read(self.blocks[stop.name])
             yield self.problem(stop.name, part.weights[stop.name], moments, None)
+
+    def readers(self) -> list[str]:
+        """Sites that read activations, in the order of the blocks."""
+        return [name for name, site in self.sites.items() if site.layout != "embedding"]
 
     def problem(
         self, name: str, weight: Weight, moments: Moments | None, goal: Tensor | None

@@ -222,7 +222,7 @@ def search(block: Block, part: Part, run: Run) -> Iterator[Wire]:
         if not maps or any(not torch.equal(source, maps[0]) for source in maps):
             continue
         sites = tuple(site for site in block.sites if site.name in readers)
-        if any(site.aliases for site in sites):  # a tied head: its columns are the embedding's
+        if any(site.aliases for site in sites):  # tied modules may read something else
             continue
         whole = Wire(sites, wire.producer, maps[0], wire.site, wire.unit)
         scaled = copied(part)

@@ -26,7 +26,7 @@ LAYERS = (
     "preflight", "plain_load", "writer", "workdir", "verify", "wiring", "rotation", "transform",
     "run", "api", "testing", "display", "cli",
 )  # fmt: skip
-TALKERS = {"cli", "plain_load", "display"}
+TALKERS = {"cli", "plain_load", "display", "__main__"}
 
 
 def layer_of(path: Path) -> str:

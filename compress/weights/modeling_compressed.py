@@ -146,7 +146,8 @@ _DECODERS = {"dense": _dense, "sparse": _sparse, "quantized": _quantized, "lowra
 class Compressed(nn.Module):
     """Mixin for a module whose ``weight`` is decoded from stored tensors when it is read.
 
-    The decoded matrix is kept after the first use, unless the stored tensors are being trained.
+    The decoded matrix, or its decoded factors, are kept after the first use, unless the stored
+    tensors are being trained.
     """
 
     spec: Spec
@@ -166,10 +167,27 @@ class Compressed(nn.Module):
         if isinstance(self, Conv1D):
             matrix = matrix.T.contiguous()
         setattr(matrix, "_is_hf_initialized", True)  # noqa: B010 - transformers must not fill it
-        trained = any(p.requires_grad for p in self.parameters(recurse=False))
-        if not trained and matrix.device.type != "meta":
+        if self._keeps(matrix):
             self.__dict__["kept"] = matrix
         return matrix
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """left [out, rank] and right [rank, in] of a low-rank weight."""
+        kept = self.__dict__.get("kept_factors")
+        if kept is not None:
+            return kept
+        left, right = factors(self.spec, self.tensors())
+        if self._keeps(left):
+            self.__dict__["kept_factors"] = left, right
+        return left, right
+
+    def _keeps(self, decoded: Tensor) -> bool:
+        trained = any(p.requires_grad for p in self.parameters(recurse=False))
+        return not trained and decoded.device.type != "meta"
+
+    def _forget(self) -> None:
+        self.__dict__.pop("kept", None)
+        self.__dict__.pop("kept_factors", None)
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         if "activations" in self.spec:
@@ -177,18 +195,18 @@ class Compressed(nn.Module):
         if self.spec["kind"] != "lowrank" or isinstance(self, nn.Embedding):
             return super().forward(*inputs, **named)
         x = inputs[0] if inputs else named["input"]
-        left, right = factors(self.spec, self.tensors())  # two thin products, never the matrix
+        left, right = self.factors()  # two thin products, never the matrix
         y = nn.functional.linear(x, right.to(x.dtype))
         return nn.functional.linear(y, left.to(x.dtype), getattr(self, "bias", None))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Where .to(), .half() and .cuda() pass: forget the kept matrix, follow the dtype."""
-        self.__dict__.pop("kept", None)
+        """Where .to(), .half() and .cuda() pass: forget what was kept, follow the dtype."""
+        self._forget()
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.__dict__.pop("kept", None)
+        self._forget()
         super()._load_from_state_dict(*args, **kwargs)
 
 

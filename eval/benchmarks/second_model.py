@@ -1,8 +1,8 @@
 """Train a second small model, of another family than the demo model, to measure methods on.
 
-    python -m eval.benchmarks.second_model runs/gpt2-code --steps 5000
+    python -m eval.benchmarks.second_model runs/opt-code --steps 5000
 
-A GPT-2 (Conv1D, LayerNorm, biases, learned positions) with the demo model's tokenizer, on the
+An OPT (LayerNorm, biases, learned positions, no gates) with the demo model's tokenizer, on the
 Python files of the packages that are installed here; the demo text, which is the standard library,
 is not among them and remains held out.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import OPTConfig, OPTForCausalLM
 
 from compress.checkpoint import load_tokenizer
 from compress.data import Windows, windows
@@ -60,12 +60,13 @@ def main() -> None:
     tokenizer: Any = load_tokenizer(Source("demo").folder)
     text = read(options.text, tokenizer, options.samples)
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=LENGTH, n_embd=options.width,
-        n_layer=options.blocks, n_head=options.width // 16,
-        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0,
+    config = OPTConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=LENGTH, hidden_size=options.width,
+        word_embed_proj_dim=options.width, ffn_dim=4 * options.width, dropout=0,
+        num_hidden_layers=options.blocks, num_attention_heads=options.width // 16,
+        activation_function="gelu_new", bos_token_id=0, eos_token_id=0, pad_token_id=1,
     )  # fmt: skip
-    model: Any = GPT2LMHeadModel(config)
+    model: Any = OPTForCausalLM(config)
     schedule = Schedule(options.steps, 3e-3, 16, weight_decay=0.01, check_every=250, patience=99)
     with tempfile.TemporaryDirectory() as work:
         fit(

@@ -63,13 +63,13 @@ def dense_state(model: Any, original: dict[str, torch.Tensor]) -> dict[str, torc
     for name, tensor in original.items():
         own = found.get(name)
         module_name, _, last = name.rpartition(".")
-        plain = type(model.get_submodule(module_name)) in (torch.nn.Linear, torch.nn.Embedding)
+        module = model.get_submodule(module_name)
+        plain = type(module) is torch.nn.Linear or isinstance(module, torch.nn.Embedding)
         stored = own is not None and own.shape == tensor.shape and own.is_floating_point()
         if last != "weight" or (stored and (plain or tensor.dim() == 1)):
             assert own is not None, f"{name} is gone"
             state[name] = own.detach().to(tensor.dtype).contiguous().clone()
             continue
-        module = model.get_submodule(module_name)
         identity = torch.eye(tensor.shape[1], dtype=model.dtype)
         answer = module(identity)
         if getattr(module, "bias", None) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -326,8 +327,7 @@ def test_a_matrix_stays_dense_where_factors_do_not_pay() -> None:
 
 
 @pytest.mark.parametrize(
-    "solver", [SVD(rank=3), SVD(energy=0.5), SVD(ranks="uniform"), SVD(loss_weighted=False),
-               SVD(metric="weights")],
+    "solver", [SVD(rank=3), SVD(energy=0.5), SVD(ranks="uniform"), SVD(metric="weights")],
 )  # fmt: skip
 def test_ranks_that_need_no_other_site_are_not_prepared(solver: SVD) -> None:
     def fail() -> list[LayerProblem]:
@@ -336,8 +336,32 @@ def test_ranks_that_need_no_other_site_are_not_prepared(solver: SVD) -> None:
     assert solver.prepare(fail) is solver
 
 
-def test_without_gradients_every_matrix_keeps_the_same_share() -> None:
-    plain = [LayerProblem.of(site.W, site.H, site.name) for site in two_sites()]
+@pytest.mark.parametrize("ratio", [0.3, 0.6])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_without_gradients_errors_are_compared_over_norms(ratio: float, weighted: bool) -> None:
+    calm, keen = measured(normal(48, 48), "calm"), measured(30 * normal(64, 40, seed=1), "keen")
+    sites = [replace(calm, gradients=None), replace(keen, gradients=None)]
+    solver = SVD(ratio=ratio, loss_weighted=weighted).prepare(lambda: iter(sites))
+    budget = ratio * sum(site.weight.nbytes for site in sites)
+    options = []
+    for site in sites:
+        energy = torch.linalg.svdvals(site.W.double() @ root(site.H)).square()
+        rank = torch.arange(1, len(energy) + 1)
+        size = LowRank.pivoted_bytes(site.weight.shape, rank, 4)
+        error = (energy.sum() - energy.cumsum(0)) / energy.sum() ** 0.5
+        options.append(dict(zip(size.tolist(), error.tolist(), strict=True)))
+    best = min(
+        a + b
+        for (m, a), (n, b) in itertools.product(*(o.items() for o in options))
+        if m + n <= budget
+    )
+    found = [solver.compress(site).nbytes for site in sites]
+    assert sum(found) <= budget
+    assert sum(o[n] for o, n in zip(options, found, strict=True)) < 1.02 * best
+
+
+def test_without_data_every_matrix_keeps_the_same_share() -> None:
+    plain = [LayerProblem.of(site.W, None, site.name) for site in two_sites()]
     solver = SVD(ratio=0.5).prepare(lambda: iter(plain))
     for problem in plain:
         weight = solver.compress(problem)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.testing import starting_weight
-from compress.weights import Weight
+from compress.weights import LowRank, Weight
 from compress.weights.modeling_compressed import attach, attach_alias
 
 KINDS = sorted(set(Weight.kinds) - {"dense"})
@@ -54,6 +54,17 @@ def test_an_attached_module_computes_what_the_dense_one_does(kind: str, layout: 
     for _ in range(2):  # the second call reads the matrix that was kept
         torch.testing.assert_close(ours(inputs(layout)), theirs(inputs(layout)))
     torch.testing.assert_close(ours.weight, theirs.weight.data, rtol=1e-5, atol=1e-6)
+
+
+def test_factors_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pivoted = LowRank.pivoted(torch.randn(96, 24), torch.randn(24, 128), torch.float32)
+    ours = attached("linear", pivoted)
+    ours(inputs("linear"))
+    monkeypatch.setattr("compress.weights.modeling_compressed.decode", None)
+    ours(inputs("linear"))
+    ours.to(torch.float64)
+    with pytest.raises(TypeError, match="not callable"):
+        ours(inputs("linear").double())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -82,8 +82,8 @@ def test_awq_is_the_best_of_the_grid() -> None:
     def error(s: Tensor) -> float:
         total = 0.0
         for W in inputs.matrices:
-            for row in rounding(W * s).dense() / s - W:
-                total += float(row @ inputs.H @ row)
+            D = rounding(W * s).dense() / s - W
+            total += float((D @ inputs.H @ D.T).trace() / (W @ inputs.H @ W.T).trace())
         return total
 
     columns = torch.cat(inputs.matrices).square().mean(0).sqrt()
@@ -277,16 +277,18 @@ def test_outliers_are_what_they_help_against(apply: Apply, tmp_path: Path) -> No
     assert wrong(*AWQ_RTN) < 0.9 * rtn
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "demo"])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "llama"])
 def test_w8a8_loads_as_it_was_in_memory(family: str, verifier: Verifier, tmp_path: Path) -> None:
     """compressed-tensors rounds inputs, and so does the modelling file that Conv1D needs."""
     model = models.save(tmp_path / "model", family)
+    model = with_outliers(model) if family == "llama" else model
     recipe = recipes.load_one({"model": str(model), "stages": [{"use": "w8a8"}]})
     runs.apply(recipe, tmp_path / "out", verifier=verifier)
     if family in ("gpt2", "t5"):  # transformers keeps T5's wo out of quantizers' hands
         assert models.record(tmp_path / "out")["storage"] == "modelling file"
     else:
+        assert models.loaded_difference(tmp_path / "out") < 2e-3  # nothing if all round alike
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert config["quantization_config"]["format"] == "int-quantized"
     changed = relative_difference(logits(tmp_path / "out"), logits(model))
-    assert 1e-5 < changed < 0.2
+    assert 1e-5 < changed < 1

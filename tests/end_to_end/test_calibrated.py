@@ -152,7 +152,7 @@ def test_two_processes_solve_what_one_does(
     done = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-            "--master-port=29512", tmp_path / "several.py", file, tmp_path / "two" / "result",
+            "--standalone", tmp_path / "several.py", file, tmp_path / "two" / "result",
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
         capture_output=True, text=True, timeout=240,

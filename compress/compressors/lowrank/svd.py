@@ -21,10 +21,15 @@ class SVD(Truncation):
 
     Without data σ are the singular values of W (Eckart–Young 1936), with data those of T H^½
     (SVD-LLM, arXiv 2403.07378; T is W corrected for upstream error, as in AA-SVD, 2604.02119), and
-    where the loss's gradients were measured, those of F^½ T H^½. Then ranks, too, are chosen for
-    all matrices together; where factors do not pay a matrix stays dense. Of A only the rows that
-    are not pivots are stored (PIFA, arXiv 2501.19090): r·(out + in − r) numbers. SVD-LLM as
-    published is ``propagate: 0, loss_weighted: false, ranks: uniform, pivoted: false``.
+    where the loss's gradients were measured, those of F^½ T H^½. With data ranks, too, are chosen
+    for all matrices together, so that Σ of all errors is least (without gradients each error over
+    the norm of its outputs); where factors do not pay a matrix stays dense. Of A only the rows that
+    are not pivots are stored (PIFA, arXiv 2501.19090): r·(out + in − r) numbers; before factors are
+    packed in 4 bits, ``pivoted: false`` is better. SVD-LLM as published is
+    ``propagate: 0, loss_weighted: false, ranks: uniform, pivoted: false``.
+
+    Gradients take a backward pass through the whole model, in memory as float32. A model too large
+    for that is compressed block by block with ``loss_weighted: false``.
     """
 
     accepts: ClassVar = frozenset({"dense", "sparse"})
@@ -38,8 +43,7 @@ class SVD(Truncation):
     )
     ranks: Literal["global", "uniform"] = Field(
         "global",
-        description="what ratio holds for: all matrices together, where gradients of the loss "
-        "were measured; or each of them",
+        description="what ratio holds for: all matrices together, where there is data; or each",
     )
     pivoted: bool = Field(
         True, description="leave out the r² numbers that a factor has too many (PIFA)"
@@ -55,16 +59,18 @@ class SVD(Truncation):
 
     def prepare(self, problems: Callable[[], Iterable[LayerProblem]]) -> SVD:
         """Choose ranks for all sites together, from their problems in the uncompressed model."""
-        if self.ranks == "uniform" or not self.loss_weighted or self.metric == "weights":
+        if self.ranks == "uniform" or self.metric == "weights":
             return self
         if self.rank is not None or self.energy is not None:
             return self
         names, options, whole = [], [], 0
         for problem in problems():
             T, H, F = self.sees(problem)
-            if F is None:  # errors of different layers cannot be compared
+            if H is None:
                 return self
             sigma = projections(T, H, F)[0]
+            if F is None:  # errors over the norm of the outputs: found better than either alone
+                sigma = sigma / sigma.square().sum().clamp(min=1e-300) ** 0.25
             names.append(problem.name)
             options.append(self._options(problem, sigma))
             whole += int(options[-1][0][-1])

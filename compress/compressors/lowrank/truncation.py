@@ -22,7 +22,9 @@ class Truncation(CalibratedCompressor):
     weighs_tokens: ClassVar = False  # the gradients weigh outputs
 
     loss_weighted: bool = Field(
-        True, description="weigh outputs by how much the loss depends on them"
+        True,
+        description="weigh outputs by how much the loss depends on them; needs the whole model in "
+        "memory, and a backward pass through it",
     )
     metric: Literal["outputs", "weights"] = Field(
         "outputs",

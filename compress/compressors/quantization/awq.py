@@ -10,7 +10,8 @@ from torch import Tensor
 
 from compress.compressors.base import ScalingCompressor, SharedInput
 from compress.compressors.quantization.rtn import RTN
-from compress.problem import LayerProblem
+from compress.problem import LayerProblem, relative_error
+from compress.weights import Dense
 
 
 class AWQ(ScalingCompressor):
@@ -18,8 +19,9 @@ class AWQ(ScalingCompressor):
 
     s_j = x_j^α, or s_j = x_j^α / w_j^(1−α), where x is the mean |x| and w the root mean square of
     the columns; divided by √(max s · min s). Form and α in [0, 1] are those with the least
-    Σ tr(D H Dᵀ), D = Q(W·diag(s))·diag(s)⁻¹ − W, over all matrices that read x; s = 1 is among
-    them. Q rounds to nearest as the stage after this one should: give both the same numbers.
+    Σ tr(D H Dᵀ) / tr(W H Wᵀ), D = Q(W·diag(s))·diag(s)⁻¹ − W, over all matrices that read x;
+    s = 1 is among them. Q rounds to nearest as the stage after this one should: give both the
+    same numbers.
     """
 
     bits: int = Field(4, ge=2, le=8, description="bits a weight that the scales are chosen for")
@@ -47,14 +49,15 @@ class AWQ(ScalingCompressor):
         return best
 
     def _error(self, inputs: SharedInput, scale: Tensor) -> float:
+        """The relative errors of all matrices together."""
         solver = RTN(bits=self.bits, group=self.group, symmetric=self.symmetric)
-        error = 0.0
+        total = 0.0
         for W in inputs.matrices:
             scaled = W * scale
             grid = solver.grid(scaled, LayerProblem.of(scaled))
-            D = grid.values(grid.codes(scaled)) / scale - W
-            error += ((D @ inputs.H) * D).sum(dtype=torch.float64).item()
-        return error
+            rounded = Dense.of(grid.values(grid.codes(scaled)) / scale)
+            total += relative_error(LayerProblem.of(W, inputs.H), rounded)
+        return total
 
 
 def bounded(size: Tensor) -> Tensor:

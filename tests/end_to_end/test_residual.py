@@ -67,9 +67,7 @@ def slow_errors(model: Path, recipe: recipes.Recipe) -> dict[str, float]:
         answer = residual.solve(problem)
         found[site.name] = relative_error(problem, answer)
         dense = answer.dense()
-        student.get_parameter(site.parameter).data = (
-            dense.T if site.layout == "conv1d" else dense
-        )
+        student.get_parameter(site.parameter).data = dense.T if site.layout == "conv1d" else dense
     return found
 
 
