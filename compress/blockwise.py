@@ -80,8 +80,8 @@ def streamed(
 def rounded_inputs(model: nn.Module, specs: dict[str, dict[str, Any]]) -> Iterator[None]:
     """Sites whose spec says so round what they read, as they will when the model is loaded."""
 
-    def rounds(bits: int) -> Callable[..., Any]:
-        return lambda _, args: (round_tokens(args[0], bits), *args[1:])
+    def rounds(numbers: int | str) -> Callable[..., Any]:
+        return lambda _, args: (round_tokens(args[0], numbers), *args[1:])
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(rounds(spec["activations"]))

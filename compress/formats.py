@@ -83,18 +83,55 @@ class DenseFormat(Format):
         return f"{', '.join(sorted(kinds))} weights are not plain tensors" if kinds else None
 
 
+@dataclass(frozen=True)
+class Scheme:
+    """Sites with the same one make up a config group of compressed-tensors."""
+
+    kind: str
+    bits: int = 8
+    group: int | None = None  # None: a whole row
+    symmetric: bool = True
+    inputs: int | str | None = None  # what round_tokens does to what a site reads
+
+    @classmethod
+    def of(cls, spec: Spec) -> Scheme:
+        if spec["kind"] == "float8":
+            return cls("float8", inputs=spec.get("activations"))
+        group = None if spec["group"] == spec["shape"][1] else spec["group"]
+        return cls("quantized", spec["bits"], group, spec["symmetric"], spec.get("activations"))
+
+    def group_settings(self) -> dict[str, Any]:
+        numbers = {
+            "num_bits": self.bits,
+            "type": "float" if self.kind == "float8" else "int",
+            "symmetric": self.symmetric,
+        }
+        weights = numbers | {"dynamic": False, "strategy": "channel"}
+        if self.group is not None:
+            weights |= {"strategy": "group", "group_size": self.group}
+        inputs = numbers | {"dynamic": True, "strategy": "token"}
+        packed = "int-quantized" if self.inputs else "pack-quantized"
+        return {
+            "format": "float-quantized" if self.kind == "float8" else packed,
+            "weights": weights,
+            "input_activations": inputs if self.inputs else None,
+            "output_activations": None,
+        }
+
+
 class CompressedTensors(Format):
     name = "compressed-tensors"
     needs = "transformers and compressed-tensors"
 
     def refusal(self) -> str | None:
-        packed = self.of_kind("quantized")
-        others = {s["kind"] for s in self.specs.values()} - {"dense", "sparse", "quantized"}
+        packed = self.of_kind("quantized", "float8")
+        held = {"dense", "sparse", "quantized", "float8"}
+        others = {s["kind"] for s in self.specs.values()} - held
         if others or not packed:
             return f"{', '.join(sorted(others)) or 'no'} weights among the packed ones"
         if any(site.layout == "conv1d" for site in packed):
             return "compressed-tensors passes over Conv1D modules"
-        for site in packed:
+        for site in self.of_kind("quantized"):
             spec = self.specs[site.name]
             if site.shape[1] % spec["group"]:
                 return f"{site.name}: the group does not divide the width {site.shape[1]}"
@@ -107,26 +144,27 @@ class CompressedTensors(Format):
             return "zero-points, packed embeddings and adapters load with one setting only"
         return None
 
-    def _schemes(self) -> dict[tuple[int, int | None, bool, int | None], list[Site]]:
-        """(bits, group or None for a whole row, symmetric, bits of inputs) → sites."""
-        schemes: dict[tuple[int, int | None, bool, int | None], list[Site]] = {}
-        for site in self.of_kind("quantized"):
-            spec = self.specs[site.name]
-            group = None if spec["group"] == site.shape[1] else spec["group"]
-            key = (spec["bits"], group, spec["symmetric"], spec.get("activations"))
-            schemes.setdefault(key, []).append(site)
+    def _schemes(self) -> dict[Scheme, list[Site]]:
+        schemes: dict[Scheme, list[Site]] = {}
+        for site in self.of_kind("quantized", "float8"):
+            scheme = Scheme.of(self.specs[site.name])
+            schemes.setdefault(scheme, []).append(site)
         return schemes
 
     def _dequantize(self) -> bool:
         """Whether transformers must unpack while loading: what its lazy path cannot hold."""
         return self.adapter or any(
             site.layout == "embedding"
-            or not self.specs[site.name]["symmetric"]
+            or not self.specs[site.name].get("symmetric", True)
             or self.kept_apart(site)
-            for site in self.of_kind("quantized")
+            for site in self.of_kind("quantized", "float8")
         )
 
     def tensors(self, site: Site, weight: Weight) -> dict[str, Tensor]:
+        if weight.kind == "float8":
+            codes = weight.tensors["codes"].view(torch.float8_e4m3fn)
+            scale = weight.tensors["weight_scale"]
+            return {site.parameter: codes, f"{site.name}.weight_scale": scale}
         if weight.kind != "quantized":
             return super().tensors(site, weight)
         if "activations" in weight.spec:  # a byte a code, ready for integer kernels
@@ -136,7 +174,7 @@ class CompressedTensors(Format):
         return {f"{site.name}.{key}": tensor for key, tensor in weight.tensors.items()}
 
     def configure(self, config: dict[str, Any], shapes: Shapes) -> None:
-        packed = {site.name for site in self.of_kind("quantized")}
+        packed = {site.name for site in self.of_kind("quantized", "float8")}
         plain = [
             name
             for site in self.sites
@@ -146,28 +184,9 @@ class CompressedTensors(Format):
         ]
         groups = {}
         for number, (scheme, sites) in enumerate(self._schemes().items()):
-            bits, group, symmetric, inputs = scheme
-            weights = {
-                "num_bits": bits,
-                "type": "int",
-                "symmetric": symmetric,
-                "dynamic": False,
-                "strategy": "channel" if group is None else "group",
-            }
-            if group is not None:
-                weights["group_size"] = group
             one = len(self._schemes()) == 1 and all(s.layout == "linear" for s in sites)
             targets = ["Linear"] if one else [site.name for site in sites]
-            rounded = {"num_bits": inputs, "type": "int", "symmetric": True}
-            groups[f"group_{number}"] = {
-                "targets": targets,
-                "format": "int-quantized" if inputs else "pack-quantized",
-                "weights": weights,
-                "input_activations": rounded | {"strategy": "token", "dynamic": True}
-                if inputs
-                else None,
-                "output_activations": None,
-            }
+            groups[f"group_{number}"] = {"targets": targets, **scheme.group_settings()}
         formats = {group["format"] for group in groups.values()}
         config["quantization_config"] = {
             "quant_method": "compressed-tensors",

@@ -34,6 +34,7 @@ from compress.sensitivity import Sensitivity, sensitivities
 from compress.source import Source
 from compress.store import Blocks, Part, Store
 from compress.weights import Weight
+from compress.weights.base import rounding
 
 
 def solve(
@@ -108,7 +109,7 @@ def record(
         "relative_error": error,
         "packs": stage.compressor.packs,
         "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
-    } | {key: weight.spec[key] for key in ("activations",) if key in weight.spec}
+    } | rounding(weight.spec)
 
 
 class _Calibrated:

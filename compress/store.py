@@ -155,4 +155,4 @@ class SafetensorsWriter:
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-          torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
+          torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.bool: "BOOL"}  # fmt: skip

@@ -23,7 +23,7 @@ from compress.compressors.base import RotationCompressor, ScalingCompressor, Sha
 from compress.errors import RecipeError
 from compress.events import Event
 from compress.recipe import Recipe, Stage
-from compress.rotation import find_stream, width
+from compress.rotation import find_stream
 from compress.source import Source
 from compress.store import Blocks, Part, Store
 from compress.weights import Weight
@@ -59,8 +59,7 @@ def _turn(
 ) -> Iterator[Event]:
     if distributed.rank():
         return
-    R = compressor.rotation(width(source))
-    stream = find_stream(source, R)
+    stream = find_stream(source, compressor.rotation, heads=compressor.heads)
     turned = stream.readers | stream.writers
     missed = turned - {site.name for site in stage.sites(source.anatomy)}
     if missed:
@@ -71,7 +70,7 @@ def _turn(
     for i, block in enumerate(blocks):
         if not store.has(i):
             part = before.read(i)
-            stream.turn(i, part, R)
+            stream.turn(i, part, compressor.rotation)
             for site in block.sites:
                 weight, changed = part.weights[site.name], site.name in turned
                 part.records.append(record(number, stage, site, weight, changed=changed))

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ ROWS = 4  # sequences in the probe
 DIGITS = 1.1 + 0.06 * torch.arange(16)  # a channel's factor; 1 would look like no wire at all
 SAME = 1e-3  # relative difference of what is the same up to rounding in float32
 
+T = TypeVar("T")
 Run = Callable[[Part], tuple[Tensor, dict[str, Tensor]]]  # → output, and what each site read
 
 
@@ -94,8 +95,8 @@ def find_wires(source: Source) -> list[tuple[Wire, ...]]:
     Raises:
         ModelError: scales that leave every block as it was change the model.
     """
-    probe = Probe(source)
-    found = probe.search()
+    probe, blocks = Probe(source), source.anatomy.blocks
+    found = probe.visit(lambda number, part, run: search(blocks[number], part, run))
     if not same(probe.output(), probe.output(found)):
         raise ModelError(
             f"{source.model_class.__name__}: its blocks share more than what passes from one to "
@@ -159,24 +160,24 @@ class Probe:
             return _first(model(**self.inputs))
 
     @torch.no_grad()
-    def search(self) -> list[tuple[Wire, ...]]:
-        """The wires within every block, each proven alone."""
+    def visit(self, find: Callable[[int, Part, Run], Iterator[T]]) -> list[tuple[T, ...]]:
+        """What ``find`` finds in every block, given its number, its weights and a way to run it."""
         blocks = self.anatomy.blocks
-        found: list[tuple[Wire, ...]] = [()] * len(blocks)
+        found: list[tuple[T, ...]] = [()] * len(blocks)
 
-        def visit(number: int) -> Callable[..., None]:
+        def enter(number: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
                 if not found[number]:
                     part = self.part(number)
                     run = self._runner(number, part, lambda: module.forward(*args, **kwargs))
-                    found[number] = tuple(search(blocks[number], part, run))
+                    found[number] = tuple(find(number, part, run))
 
             return hook
 
         with streamed(self.skeleton, self.anatomy, self.part, torch.float32) as model:
             handles = [
                 model.get_submodule(block.name).register_forward_pre_hook(
-                    visit(number), with_kwargs=True
+                    enter(number), with_kwargs=True
                 )
                 for number, block in enumerate(blocks[1:], start=1)
             ]
@@ -185,7 +186,7 @@ class Probe:
                 handle.remove()
             part = self.part(0)
             run = self._runner(0, part, lambda: model(**self.inputs))
-            found[0] = tuple(search(blocks[0], part, run))
+            found[0] = tuple(find(0, part, run))
         return found
 
     def _runner(self, number: int, own: Part, forward: Callable[[], Any]) -> Run:

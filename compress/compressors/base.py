@@ -229,6 +229,10 @@ class RotationCompressor(TransformCompressor, ABC):
 
     default_targets: ClassVar[tuple[str, ...]] = ("all",)
 
+    heads: bool = Field(
+        False, description="turn values within each head as well; pays if o_proj's inputs round"
+    )
+
     @abstractmethod
     def rotation(self, width: int) -> Tensor:
         """float64 [width, width], orthogonal."""

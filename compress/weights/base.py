@@ -68,6 +68,11 @@ def spec_of(kind: str, matrix: Tensor, dtype: torch.dtype, **numbers: Any) -> di
     return {"kind": kind, "shape": list(matrix.shape), "dtype": str(dtype).split(".")[1], **numbers}
 
 
+def rounding(spec: dict[str, Any]) -> dict[str, Any]:
+    """The part of a spec that says how what a site reads is rounded; empty if it is not."""
+    return {key: spec[key] for key in ("activations",) if key in spec}
+
+
 def nested(**weights: Weight) -> dict[str, Tensor]:
     """Tensors of several weights in one dictionary, each behind its prefix."""
     return {f"{prefix}_{k}": t for prefix, w in weights.items() for k, t in w.tensors.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compress.weights.base import Weight, nested, spec_of
+from compress.weights.base import Weight, nested, rounding, spec_of
 from compress.weights.dense import Dense
 from compress.weights.sparse import Sparse
 
@@ -25,7 +25,7 @@ class LowRank(Weight):
         spec = spec_of(
             "lowrank", shape, dtype, rank=right.shape[0], left=left.spec, right=right.spec
         )
-        return cls(spec, nested(left=left, right=right))
+        return cls(spec | rounding(right.spec), nested(left=left, right=right))
 
     @classmethod
     def balanced(cls, left: Tensor, right: Tensor, dtype: torch.dtype) -> LowRank:
@@ -107,7 +107,8 @@ class Sum(Weight):
     def of(cls, *terms: Weight) -> Sum:
         base = torch.empty(*terms[0].shape, device="meta")
         spec = spec_of("sum", base, terms[0].dtype, terms=[t.spec for t in terms])
-        return cls(spec, nested(**{f"term{i}": t for i, t in enumerate(terms)}))
+        tensors = nested(**{f"term{i}": t for i, t in enumerate(terms)})
+        return cls(spec | rounding(terms[0].spec), tensors)
 
     @property
     def terms(self) -> list[Weight]:

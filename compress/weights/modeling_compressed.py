@@ -86,15 +86,24 @@ def spread(per_group: Tensor, group: int, columns: int) -> Tensor:
     return per_group.repeat_interleave(group, dim=1)[:, :columns]
 
 
-def round_tokens(x: Tensor, bits: int) -> Tensor:
+def round_tokens(x: Tensor, numbers: int | str) -> Tensor:
     """x [..., in] with every token on a symmetric grid of its own, whose end is its max |x|.
 
-    In the dtype of x, as compressed-tensors does it. The gradient passes as if nothing was rounded.
+    ``numbers``: how many bits integers have, or "float8" for those of float8_e4m3fn. In the dtype
+    of x, as compressed-tensors does it. The gradient passes as if nothing was rounded.
     """
-    top, fixed = 2 ** (bits - 1), x.detach()
-    step = fixed.abs().amax(-1, keepdim=True) / (top - 0.5)
+    fixed = x.detach()
+    low, high = (-448.0, 448.0)
+    if isinstance(numbers, int):
+        low, high = -(2.0 ** (numbers - 1)), 2.0 ** (numbers - 1) - 1
+    step = fixed.abs().amax(-1, keepdim=True) / ((high - low) / 2)
     step = step.where(step != 0, 1.0)
-    rounded = (fixed / step).round().clamp(-top, top - 1) * step
+    codes = fixed / step
+    if isinstance(numbers, int):
+        codes = codes.round().clamp(low, high)
+    else:
+        codes = codes.clamp(low, high).to(torch.float8_e4m3fn).to(x.dtype)
+    rounded = codes * step
     return x + (rounded - fixed) if x.requires_grad else rounded
 
 
@@ -123,6 +132,11 @@ def _int8(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     return tensors["codes"].to(torch.float32) * (tensors["SCB"].float() / 127.0).unsqueeze(1)
 
 
+def _float8(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """codes uint8 [out, in], the bits of float8_e4m3fn; weight_scale [out, 1]."""
+    return tensors["codes"].view(torch.float8_e4m3fn).float() * tensors["weight_scale"].float()
+
+
 def _nf4(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     """bitsandbytes NF4: two codes a byte (first in the high half), one absmax a block."""
     state = json.loads(bytes(tensors["quant_state"].tolist()).decode())
@@ -140,7 +154,7 @@ def _nf4(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
 
 
 _DECODERS = {"dense": _dense, "sparse": _sparse, "quantized": _quantized, "lowrank": _lowrank,
-             "sum": _sum, "int8": _int8, "nf4": _nf4}  # fmt: skip
+             "sum": _sum, "float8": _float8, "int8": _int8, "nf4": _nf4}  # fmt: skip
 
 
 class Compressed(nn.Module):

@@ -30,10 +30,9 @@ def main() -> None:
     )  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "results.jsonl"
-    rows = [row for row in read(file) if not _again(row, options)]
-    done = {row.job.key for row in rows}
+    rows = {row.job.key: row for row in read(file)}
     for number, job in enumerate(wanted, start=1):
-        if job.key in done:
+        if job.key in rows and not _again(rows[job.key], options):
             continue
         start = time.perf_counter()
         _say(f"[{number}/{len(wanted)}] {job.label} …")
@@ -41,17 +40,21 @@ def main() -> None:
             row = run(job, options.home)
         except CompressError as error:
             row = Row(job, error=str(error))
-        rows.append(row)
+        rows[job.key] = row
         with file.open("a") as stream:
             stream.write(row.line() + "\n")
         _say(f"    {row.error or f'{time.perf_counter() - start:.0f} s'}")
-    original = nll(options.model, text)
-    found = summarize([row for row in rows if row.job.text == text], original)
+    alike = [
+        row
+        for row in rows.values()
+        if (row.job.model, row.job.text, row.job.threads) == (options.model, text, options.threads)
+    ]
+    found = summarize(alike, nll(options.model, text))
     table = markdown(found)
     (options.out / "peers.md").write_text(table)
     (options.out / "peers.png").write_bytes(chart(found))
     print(table)
-    for row in rows:
+    for row in alike:
         if row.error:
             _say(f"failed: {row.job.label}: {row.error}")
 
@@ -67,7 +70,8 @@ def _options() -> argparse.Namespace:
     add("--prune", action="store_true", help="pruning at 50%%, 2:4 and 70%% as well")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--toolkits", nargs="+", choices=TOOLKITS)
-    add("--methods", nargs="+", help="by their names in the table, e.g. gptq")
+    add("--methods", nargs="+", choices=sorted({m.name for m in (*RECIPES, *PEERS)}),
+        metavar="NAME", help="by their names in the table, e.g. gptq")  # fmt: skip
     add("--samples", type=int, default=128, help="windows of calibration text")
     add("--length", type=int, default=256, help="tokens of a window")
     add("--held-out", type=int, default=128, help="windows to measure on")

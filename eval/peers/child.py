@@ -22,6 +22,7 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,11 @@ def resident(field: str = "VmRSS") -> int:
     """Bytes of resident memory of this process now, or with ``VmHWM`` at its peak (Linux)."""
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(x for x in status if x.startswith(field + ":")).split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    """The peak starts anew from what is resident now: what the imports took on the way is gone."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def load(job: SimpleNamespace) -> Any:
@@ -93,6 +99,32 @@ def write_dense(job: SimpleNamespace, model: Any, folder: Path) -> None:
     save_file(dense_state(model, original), folder / "model.safetensors", {"format": "pt"})
 
 
+def tensors(value: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested dictionaries, by dotted names."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from tensors(item, f"{name}.{key}" if name else key)
+
+
+def matrix_bytes(folder: Path, modules: list[str]) -> int:
+    """Bytes of all that the weight files hold for the matrices of ``modules``: codes and scales."""
+    total = 0
+    inside = tuple(f"{module}." for module in modules)
+    for file in folder.rglob("*"):
+        if file.suffix == ".safetensors":
+            stored = load_file(file)
+        elif file.suffix in (".bin", ".pt"):
+            stored = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            continue
+        for name, tensor in tensors(stored):
+            if name.startswith(inside) and not name.endswith(".bias"):
+                total += tensor.nbytes
+    return total
+
+
 def versions(packages: list[str]) -> dict[str, str]:
     found = {}
     for package in packages:
@@ -104,7 +136,6 @@ def versions(packages: list[str]) -> dict[str, str]:
 
 
 def main() -> None:
-    start = time.perf_counter()
     job = SimpleNamespace(**json.loads(Path(sys.argv[1]).read_text()))
     out = Path(job.out)
     torch.set_num_threads(job.threads)
@@ -115,24 +146,22 @@ def main() -> None:
     spec.loader.exec_module(adapter)
     transformers.set_seed(job.seed)
 
+    forget_peak()
     imported = resident()
     model = getattr(adapter, "load", load)(job)
-    loaded = resident()
     begin = time.perf_counter()
     model = adapter.compress(job, model)
     seconds = time.perf_counter() - begin
     peak = resident("VmHWM")
     packed = out / "packed"
     getattr(adapter, "save", save)(job, model, packed)
-    total = time.perf_counter() - start
     del model
     write_dense(job, getattr(adapter, "reload", reload)(packed), out / "dense")
     answer = {
         "seconds": seconds,
-        "seconds_total": total,
         "resident_imported": imported,
-        "resident_loaded": loaded,
         "resident_peak": peak,
+        "matrix_bytes": matrix_bytes(packed, job.modules),
         "versions": versions(["torch", "transformers", *adapter.PACKAGES]),
     }
     (out / "answer.json").write_text(json.dumps(answer))

@@ -60,7 +60,7 @@ class Method:
 
     name     how the table calls it
     method   how the adapter calls it
-    options  the adapter's; of ours, the stages of a recipe without the setting
+    options  the adapter's; of ours, the stages of a recipe, each given what it takes of the setting
     prunes   whether its setting is a sparsity, or else bits
     reads    whether it reads calibration text, so that the seed matters
     bits     the only bits that it has; None: any
@@ -82,7 +82,7 @@ def _ours(name: str, *stages: dict[str, Any], **rest: Any) -> Method:
 RECIPES = (
     _ours("rtn", {"use": "rtn"}, reads=False),
     _ours("gptq", {"use": "gptq"}),
-    _ours("awq", {"use": "awq"}),
+    _ours("awq", {"use": "awq"}, {"use": "rtn"}),
     _ours("gptq, autoround", {"use": "gptq"}, {"use": "autoround"}),
     _ours("nf4", {"use": "nf4"}, reads=False, bits=4),
     _ours("magnitude", {"use": "magnitude"}, prunes=True, reads=False),

@@ -44,10 +44,11 @@ def compress(job: SimpleNamespace, model: Any) -> Any:
 def recipe(job: SimpleNamespace) -> list[Any]:
     """The modifiers of a method, on every Linear module but the head."""
     options = dict(job.options)
-    where = {"targets": ["Linear"], "ignore": ["lm_head"]}
     if job.method in ("wanda", "sparsegpt"):
         prune = {"wanda": WandaPruningModifier, "sparsegpt": SparseGPTModifier}[job.method]
         pattern = {"mask_structure": job.pattern} if job.pattern else {}
+        # Its pruning compares "lm_head." with a dot at the end, which only an expression matches.
+        where = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
         return [prune(sparsity=job.sparsity, **pattern, **where, **options)]
     weights = {
         "num_bits": job.bits,

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from compress import registry
 from compress.checkpoint import load_tokenizer, resolve
 from compress.data import windows
 from compress.errors import CompressError, RecipeError
+from compress.source import Source
 from eval.harness import evaluate
 from eval.peers.environment import python
 from eval.peers.jobs import OURS, TOOLKITS, Job, Method, Setting, Text
@@ -30,14 +32,18 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.pt")
 class Row:
     """What one job came to. ``error`` is the last line of a child that failed, and then all.
 
-    samples  nll of every held-out window, nats a token
-    bytes    of the weight files that the toolkit wrote
-    seconds  of the compression alone; memory: bytes resident at its peak, above the imports'
+    samples   nll of every held-out window, nats a token
+    bytes     of the weight files that the toolkit wrote
+    matrices  bytes of the blocks' matrices in them, scales and zero-points included
+    skipped   matrices of the blocks that the toolkit left as they were
+    seconds   of the compression alone; memory: bytes resident at its peak, above the imports'
     """
 
     job: Job
     samples: list[float] = field(default_factory=list)
     bytes: int = 0
+    matrices: int = 0
+    skipped: int = 0
     seconds: float = 0.0
     memory: int = 0
     versions: dict[str, str] = field(default_factory=dict)
@@ -63,14 +69,19 @@ def read(file: Path) -> list[Row]:
 def run(job: Job, home: Path) -> Row:
     """Compress in the toolkit's own environment, and measure what came of it.
 
+    One that changed a matrix outside of the blocks did something else than the others, and failed.
+
     Raises:
         CompressError: the environment does not install.
     """
     toolkit = TOOLKITS[job.method.toolkit]
     interpreter = python(toolkit, home)
+    source = Source(job.model)
+    layers = [block for block in source.anatomy.blocks if block.index is not None]
+    modules = [site.name for block in layers for site in block.sites]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        (out / "job.json").write_text(json.dumps(_wanted(job, out, toolkit.adapter)))
+        (out / "job.json").write_text(json.dumps(_wanted(job, out, toolkit.adapter, modules)))
         done = subprocess.run(
             [interpreter, "-I", CHILD, out / "job.json"],
             capture_output=True, text=True, cwd=folder, env=_environment(job),
@@ -79,14 +90,27 @@ def run(job: Job, home: Path) -> Row:
             lines = [line for line in done.stderr.splitlines() if line.strip()]
             return Row(job, error=(lines or ["it was killed"])[-1][:300])
         answer = json.loads((out / "answer.json").read_text())
+        touched = changed(source.files, out / "dense" / "model.safetensors")
+        stray = sorted(touched - {f"{module}.weight" for module in modules})
+        if stray:
+            return Row(job, error=f"it changed {stray[0]}, which is in no block")
         return Row(
             job,
-            nll(str(out / "dense"), job.text),
-            sum(f.stat().st_size for kind in WEIGHTS for f in (out / "packed").rglob(kind)),
-            answer["seconds"],
-            answer["resident_peak"] - answer["resident_imported"],
-            answer["versions"],
+            samples=nll(str(out / "dense"), job.text),
+            bytes=sum(f.stat().st_size for kind in WEIGHTS for f in (out / "packed").rglob(kind)),
+            matrices=answer["matrix_bytes"],
+            skipped=len(modules) - len(touched),
+            seconds=answer["seconds"],
+            memory=answer["resident_peak"] - answer["resident_imported"],
+            versions=answer["versions"],
         )
+
+
+def changed(before: Iterable[Path], after: Path) -> set[str]:
+    """Names of the matrices that differ. Vectors are left out: scales may be folded into norms."""
+    new = load_file(after)
+    old = {name: tensor for file in before for name, tensor in load_file(file).items()}
+    return {k for k, t in old.items() if t.dim() > 1 and not torch.equal(t, new[k])}
 
 
 def nll(folder: str, text: Text) -> list[float]:
@@ -112,7 +136,7 @@ def known(methods: Iterable[Method]) -> tuple[list[Method], list[str]]:
     return there, missing
 
 
-def _wanted(job: Job, out: Path, adapter: Path) -> dict[str, Any]:
+def _wanted(job: Job, out: Path, adapter: Path, modules: list[str]) -> dict[str, Any]:
     """What the child is told, beside files that it finds in ``out``."""
     model = resolve(job.model)
     tokens = windows(
@@ -126,12 +150,12 @@ def _wanted(job: Job, out: Path, adapter: Path) -> dict[str, Any]:
     save_file({"tokens": tokens}, out / "tokens.safetensors")
     options = dict(job.method.options)
     if job.method.toolkit == OURS:
-        first, *rest = options["stages"]
-        options["stages"] = [first | _said(job.setting, job.method), *rest]
+        options["stages"] = [stage | _said(job.setting, stage) for stage in options["stages"]]
     return {
         "adapter": str(adapter),
         "out": str(out),
         "model": str(model),
+        "modules": modules,
         "tokens": str(out / "tokens.safetensors"),
         "method": job.method.method,
         "options": options,
@@ -143,15 +167,13 @@ def _wanted(job: Job, out: Path, adapter: Path) -> dict[str, Any]:
     }
 
 
-def _said(setting: Setting, method: Method) -> dict[str, Any]:
-    """A setting in the words of a recipe."""
-    if method.bits is not None:
-        return {}
-    if setting.bits is not None:
-        return {"bits": setting.bits, "group": setting.group or "channel"}
-    if setting.pattern is not None:
-        return {"pattern": setting.pattern}
-    return {"sparsity": setting.sparsity}
+def _said(setting: Setting, stage: dict[str, Any]) -> dict[str, Any]:
+    """A setting in the words of a recipe, as far as this stage has them."""
+    words: dict[str, Any] = {"bits": setting.bits, "group": setting.group or "channel"}
+    if setting.bits is None:
+        share = {"sparsity": setting.sparsity}
+        words = {"pattern": setting.pattern} if setting.pattern else share
+    return {k: v for k, v in words.items() if k in registry.get(stage["use"]).model_fields}
 
 
 def _environment(job: Job) -> dict[str, str]:

@@ -92,6 +92,7 @@ def test_run_again_after_a_change(done: Path, comparison: Path, compress: Run) -
         {"use": "nf4"},
         {"use": "nf4", "double_quant": True},
         {"use": "int8"},
+        {"use": "fp8"},
         {"use": "magnitude"},
     ],
     ids=lambda stage: " ".join(map(str, stage.values())),

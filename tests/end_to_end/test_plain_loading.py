@@ -27,6 +27,7 @@ FOLDERS: dict[str, tuple[str, str, bool, list[dict[str, Any]]]] = {
     "packed table": ("demo", "compressed-tensors", False, [{"use": "rtn", "targets": ["all"]}]),
     "int8": ("demo", "bitsandbytes", False, [{"use": "int8"}]),
     "nf4": ("demo", "bitsandbytes", False, [{"use": "nf4"}]),
+    "fp8": ("demo", "compressed-tensors", False, [{"use": "fp8"}]),
     "factors": ("demo", "modelling file", False, [{"use": "svd"}]),
     "factors of a tied table": (
         "gpt2",

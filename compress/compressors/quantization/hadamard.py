@@ -15,8 +15,9 @@ class Hadamard(RotationCompressor):
     What reads the stream becomes W·diag(g)·R with g the gain of the norm before it, what writes to
     it Rᵀ·W, embeddings E·R; an RMSNorm cannot tell the difference. R = diag(±1)·(H ⊗ Q)/√2^k for a
     width of 2^k·m, H the Hadamard matrix of order 2^k and Q orthogonal of order m, signs and Q
-    random. Everything is folded into the weights, so that the inputs of o_proj and down_proj stay
-    as they are. It takes models with RMSNorm whose head has a table of its own.
+    random; with LayerNorm, reflected so that it keeps the mean of the channels. Everything is
+    folded into the weights, so that the inputs of down_proj, and without ``heads`` of o_proj, stay
+    as they are. Embedding and head become two tables (``untie: true`` where they were one).
     """
 
     seed: int = Field(0, ge=0, description="of the random signs")
