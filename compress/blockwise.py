@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import greenlet
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from compress import distributed
 from compress.anatomy import Anatomy, Block, Site
-from compress.memory import give_back
+from compress.memory import available, give_back
+from compress.offload import Offload, apart
 from compress.store import Part
 from compress.weights import Weight
 from compress.weights.modeling_compressed import round_tokens
@@ -46,7 +48,8 @@ def streamed(
     def enter(number: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             if not entered[number]:
-                fill(skeleton, anatomy, anatomy.blocks[number], read(number), dtype)
+                with apart():
+                    fill(skeleton, anatomy, anatomy.blocks[number], read(number), dtype)
             entered[number] += 1
             inside[number] += 1
 
@@ -99,26 +102,38 @@ def rounded_inputs(model: nn.Module, specs: dict[str, dict[str, Any]]) -> Iterat
 class Stop:
     """All forward passes that come to ``name`` wait there.
 
-    ``inputs`` holds for each model what the site reads, by number of batch.
+    ``inputs`` holds for each model what the site reads, by number of batch; ``batches`` brings it
+    back to memory.
     """
 
     name: str
     inputs: tuple[dict[int, Tensor], ...]
+    offload: Offload | None = None
+
+    def batches(self) -> Iterator[tuple[int, list[Tensor | None]]]:
+        """The number of a batch that came here in the first model, and what each model reads."""
+        for number in self.inputs[0]:
+            there = [(m, number) for m, inputs in enumerate(self.inputs) if number in inputs]
+            with self.offload.there(list(there)) if self.offload else nullcontext():
+                yield number, [inputs.get(number) for inputs in self.inputs]
 
 
 def stops(
     models: Sequence[nn.Module],
     forwards: Sequence[Callable[[nn.Module], Any]],
     names: Sequence[str],
+    folder: Path | None = None,
 ) -> Generator[Stop, None, None]:
     """Run ``forwards`` on every model, and stop wherever one of the sites reads its input.
 
     All passes go on together, a site at a time, each waiting in a greenlet of its own. What the
     caller does to the weights while they wait holds from there on, so every pass runs just once.
+    Where the first pass goes on to a site that reads the same tensor, the others are taken to.
     The passes end when the last of ``names`` was stopped at, before that site computes anything.
     Several processes stop at the same sites; where none of a process' passes comes to, it has no
-    inputs.
+    inputs. What the passes hold beyond half of the free memory waits in ``folder``.
     """
+    offload = Offload(list(models), folder, available() // 2) if folder else None
     place = {name: number for number, name in enumerate(names)}
     hub = greenlet.getcurrent()
     left = set(names)
@@ -144,10 +159,17 @@ def stops(
 
     def go_on(key: tuple[int, int]) -> None:
         waiting.pop(key, None)
-        with torch.no_grad():
+        with torch.no_grad(), offload.running(key) if offload else nullcontext():
             at = passes[key].switch()
         if at is not None:
             waiting[key] = at
+
+    def ahead(key: tuple[int, int]) -> int:
+        """Let one pass go on: the place of the next site, if that reads the very same tensor."""
+        read = waiting[key][1]
+        go_on(key)
+        name, reads = waiting.get(key, ("", None))
+        return place[name] if reads is read else len(names)
 
     try:
         for key in passes:
@@ -157,22 +179,26 @@ def stops(
             nearest = distributed.least(nearest)
             if nearest == len(names):
                 return
-            name = names[nearest]
-            here = [key for key, at in waiting.items() if at[0] == name]
+            here = [key for key, at in waiting.items() if at[0] == names[nearest]]
             inputs: tuple[dict[int, Tensor], ...] = tuple({} for _ in models)
             for m, n in here:
                 inputs[m][n] = waiting[m, n][1]
-            yield Stop(name, inputs)
+            give_back()
+            while nearest < len(names):
+                yield Stop(names[nearest], inputs, offload)
+                left.discard(names[nearest])
+                if not left:
+                    return
+                nearest = distributed.agreed(ahead(here[0]) if here else len(names), len(names))
             del inputs
-            left.discard(name)
-            if not left:
-                return
-            for key in here:
+            for key in here[1:]:
                 go_on(key)
     finally:
         for one in passes.values():
             if one:
                 one.throw()
+        if offload:
+            offload.close()
         for handle in handles:
             handle.remove()
 

@@ -21,7 +21,7 @@ from compress.objective import examples, family, window_length
 from compress.recipe import Recipe, Stage
 from compress.source import Source
 
-TOKENS = 8192  # in one forward pass
+TOKENS = 4096  # in one forward pass
 
 
 def calibrates(stage: Stage, recipe: Recipe, source: Source) -> bool:

@@ -51,6 +51,12 @@ def least(number: int) -> int:
     return int(shared)
 
 
+def agreed(number: int, otherwise: int) -> int:
+    """The number that every process came with, or ``otherwise`` if they came with different ones."""
+    low, high = least(number), -least(-number)
+    return low if low == high else otherwise
+
+
 def wait() -> None:
     """Until every process is here."""
     least(0)

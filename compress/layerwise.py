@@ -230,7 +230,7 @@ class _Calibrated:
                 for reader in readers
             ]
             last: tuple[Stop, Moments] | None = None
-            passes = stops(models, self.forwards, names)
+            passes = stops(models, self.forwards, names, self.store.folder)
             stack.enter_context(closing(passes))
             for stop in passes:
                 known = self.sensitivities.get(stop.name)
@@ -315,21 +315,20 @@ def _same_inputs(one: Stop, other: Stop) -> bool:
 
 def _moments(stop: Stop, width: int, weights: list[Tensor] | None) -> Moments:
     """H, and G where a second model waits at the same site with as many tokens."""
-    here, *others = stop.inputs
-    there = others[0] if others else {}
     H = torch.zeros(width, width)
     G = torch.zeros(width, width)
-    tokens, paired = 0, bool(others)
-    for number, inputs in here.items():
+    tokens, paired = 0, len(stop.inputs) > 1
+    for number, (inputs, *others) in stop.batches():
+        assert inputs is not None
         x = inputs.reshape(-1, width).float()
         weighted = x if weights is None else x * weights[number][:, None]
-        H += weighted.T @ x
+        H.addmm_(weighted.T, x)
         tokens += len(x)
-        original = there.get(number)
+        original = others[0] if others else None
         if original is None or original.shape != inputs.shape:
             paired = False
         else:
-            G += weighted.T @ original.reshape(-1, width).float()
+            G.addmm_(weighted.T, original.reshape(-1, width).float())
     paired = bool(distributed.least(paired))
     tokens = max(1, int(distributed.total(torch.tensor(tokens))))
     H = distributed.total(H)

@@ -1,4 +1,4 @@
-"""Give freed memory back to the system.
+"""How much memory there is, and giving back what was freed.
 
 The C library keeps freed memory for later, in pieces that large tensors of ever other sizes do not
 fit into, so that a long walk over blocks would grow with every block though it frees each of them.
@@ -7,6 +7,10 @@ fit into, so that a long walk over blocks would grow with every block though it 
 from __future__ import annotations
 
 import ctypes
+import os
+from pathlib import Path
+
+import psutil
 
 
 def give_back() -> None:
@@ -15,3 +19,31 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):
         return
+
+
+def available() -> int:
+    """Bytes that this process may still take: what is free, or what its control group leaves."""
+    own = psutil.Process().memory_info().rss
+    free = min([psutil.virtual_memory().available, *(limit - own for limit in _limits())])
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _limits() -> list[int]:
+    """Of the control groups that this process is in, in versions 1 and 2 of their file system."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for _, kinds, path in (line.split(":", 2) for line in lines):
+        if kinds not in ("", "memory"):
+            continue
+        root = Path("/sys/fs/cgroup", kinds)
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                try:
+                    found.append(int((folder / name).read_text()))
+                except (OSError, ValueError):  # none there, or "max"
+                    continue
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def _scale(
     wires = usable(find_wires(source), taken, before)
     scales: Scales = [[] for _ in wires]
     total = sum(map(len, wires))
-    for done, (place, wire, inputs) in enumerate(_inputs(wires, recipe, source, before), start=1):
+    found = _inputs(wires, recipe, source, before, store.folder)
+    for done, (place, wire, inputs) in enumerate(found, start=1):
         scales[place].append((wire, wire.pooled(compressor.scale(inputs))))
         yield Event(stage.use, done, total, {})
     distributed.wait()  # before the first process writes
@@ -152,7 +154,7 @@ def usable(
 
 
 def _inputs(
-    wires: list[tuple[Wire, ...]], recipe: Recipe, source: Source, before: Blocks
+    wires: list[tuple[Wire, ...]], recipe: Recipe, source: Source, before: Blocks, folder: Path
 ) -> Iterator[tuple[int, Wire, SharedInput]]:
     """What every wire carries when the calibration text runs through the model."""
     first = {wire.readers[0].name: (i, wire) for i, ws in enumerate(wires) for wire in ws}
@@ -162,7 +164,7 @@ def _inputs(
         model = stack.enter_context(
             streamed(source.new_skeleton(), source.anatomy, before.read, torch.float32, len(passes))
         )
-        stopping = stops([model], passes, order)
+        stopping = stops([model], passes, order, folder)
         stack.enter_context(closing(stopping))
         for stop in stopping:
             number, wire = first[stop.name]
@@ -174,9 +176,10 @@ def _shared(stop: Stop, wire: Wire, part: Part) -> SharedInput:
     width = len(wire.source)
     H, mean, most = torch.zeros(width, width), torch.zeros(width), torch.zeros(width)
     tokens = 0
-    for inputs in stop.inputs[0].values():
+    for _, (inputs,) in stop.batches():
+        assert inputs is not None
         x = inputs.reshape(-1, width).float()
-        H += x.T @ x
+        H.addmm_(x.T, x)
         mean += x.abs().sum(0)
         most = most.maximum(x.abs().amax(0))
         tokens += len(x)

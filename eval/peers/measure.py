@@ -181,7 +181,7 @@ def _environment(job: Job) -> dict[str, str]:
     return {
         **os.environ,
         "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_WAIT_POLICY": "PASSIVE" if job.threads == 1 else "ACTIVE",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }

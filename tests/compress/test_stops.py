@@ -104,3 +104,30 @@ def test_an_error_in_a_pass_is_raised() -> None:
     with pytest.raises(RuntimeError, match="shape"):
         list(stops([model], forwards(3), NAMES))
     assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Shared(nn.Module):
+    """Two layers read one tensor, a third reads its equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed: list[str] = []
+        for name in ("query", "key", "value"):
+            setattr(self, name, nn.Linear(4, 4, bias=False))
+            getattr(self, name).register_forward_hook(lambda *_, n=name: self.computed.append(n))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.query(x) + self.key(x) + self.value(x.clone())
+
+
+def test_the_first_pass_shows_who_reads_the_same() -> None:
+    model = Shared()
+    passes = stops([model], forwards(3, 5), ("query", "key", "value"))
+    query, key = next(passes), next(passes)
+    assert model.computed == ["query"], "the second pass did not move"
+    assert all(key.inputs[0][n] is query.inputs[0][n] for n in (0, 1))
+    value = next(passes)
+    assert all(torch.equal(value.inputs[0][n], query.inputs[0][n]) for n in (0, 1))
+    assert value.inputs[0][1] is not query.inputs[0][1]
+    passes.close()
+    assert model.computed == ["query", "key", "query", "key"]

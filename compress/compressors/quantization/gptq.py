@@ -16,7 +16,7 @@ from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.weights import Quantized
 
-BLOCK = 128  # inputs whose errors are carried on one by one before the rest learn of them
+BLOCK = 64  # inputs whose errors are carried on one by one before the rest learn of them
 
 
 class GPTQ(PackedIntegers, CalibratedCompressor):
@@ -46,17 +46,11 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
         wrong = torch.inf
         for _ in range(self.polish):
             codes = descend(codes, T, grid, moments, keep)
-            grid = refit_scales(codes, T, grid, moments)
-            before, wrong = wrong, loss(codes, T, grid, moments)
-            if wrong > 0.99 * before:
+            grid, after = refit_scales(codes, T, grid, moments)
+            if after > 0.99 * wrong:
                 break
+            wrong = after
         return self.pack(codes, grid, problem)
-
-
-def loss(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> float:
-    """tr((Ŵ − T)(H + λI)(Ŵ − T)ᵀ)"""
-    D = grid.values(codes) - T
-    return ((D @ moments.damped.float()) * D).sum().item()
 
 
 def round_with_feedback(
@@ -67,22 +61,25 @@ def round_with_feedback(
     Where ``keep`` (bool [out, in]) is false the code is the zero-point.
     """
     order, U = moments.inverse_factor()
-    back = order.argsort()
-    s, z = (x.T[order] for x in grid.spread(T.shape[1]))
-    W = T.T[order].clone()  # [in, out], so that an input is contiguous
+    W, s, z = (x.T[order] for x in (T, *grid.spread(T.shape[1])))  # [in, out]: inputs contiguous
+    kept = None if keep is None else keep.T[order]
+    per_step = 1 / s
     codes = torch.empty_like(W)
     for start in range(0, len(W), BLOCK):
         end = min(start + BLOCK, len(W))
         errors = torch.empty(end - start, W.shape[1])
-        for j in range(start, end):
-            codes[j] = grid.round(W[j], s[j], z[j])
-            if keep is not None:
-                codes[j] = codes[j].where(keep[:, order[j]], z[j])
-            error = (W[j] - (codes[j] - z[j]) * s[j]) / U[j, j]
-            W[j + 1 : end] -= U[j, j + 1 : end, None] * error
-            errors[j - start] = error
+        own = U[start:end, start:end]
+        carried = W[start:end]
+        for i in range(end - start):
+            j = start + i
+            code = torch.addcmul(z[j], carried[i], per_step[j]).round_().clamp_(0, grid.top)
+            if kept is not None:
+                code = code.where(kept[j], z[j])
+            codes[j] = code
+            torch.sub(carried[i], code.sub_(z[j]).mul_(s[j]), out=errors[i]).div_(own[i, i])
+            carried[i + 1 :].addr_(own[i, i + 1 :], errors[i], alpha=-1)
         W[end:] -= U[start:end, end:].T @ errors
-    return codes[back].T.to(torch.uint8)
+    return codes[order.argsort()].T.to(torch.uint8)
 
 
 def descend(
@@ -94,34 +91,37 @@ def descend(
     """
     H = moments.damped.float()
     s, z = (x.T for x in grid.spread(T.shape[1]))
-    codes = codes.T.float()
-    D = (codes - z) * s - T.T  # Ŵ − T, [in, out]
-    diagonal = H.diagonal()
+    q = codes.T.float()  # [in, out]
+    D = (q - z) * s - T.T  # Ŵ − T
+    per_step = -1 / (H.diagonal()[:, None] * s)
     for start in range(0, len(H), BLOCK):
         end = min(start + BLOCK, len(H))
+        own = H[start:end, start:end]
         E = H[start:end] @ D
-        for j in range(start, end):
-            wanted = D[j] + T[:, j] - E[j - start] / diagonal[j]
-            code = grid.round(wanted, s[j], z[j])
+        for i in range(end - start):
+            j = start + i
+            code = torch.addcmul(q[j], E[i], per_step[j]).round_().clamp_(0, grid.top)
             if keep is not None:
-                code = code.where(keep[:, j], codes[j])
-            step = (code - codes[j]) * s[j]
-            codes[j] = code
-            D[j] += step
-            E[j - start :] += H[start:end, j][j - start :, None] * step
-    return codes.T.to(torch.uint8)
+                code = code.where(keep[:, j], q[j])
+            step = (code - q[j]).mul_(s[j])
+            q[j] = code
+            E[i + 1 :].addr_(own[i, i + 1 :], step)
+        D[start:end] = (q[start:end] - z[start:end]) * s[start:end] - T.T[start:end]
+    return q.T.to(torch.uint8)
 
 
-def refit_scales(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> Grid:
+def refit_scales(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> tuple[Grid, float]:
     """The scales of least error for ``codes``, rows where storage rounding made it worse kept.
 
-    A row's output is Σ_g s_g v_g with v_g = (codes − zero) in group g and 0 elsewhere, so its
-    scales solve the normal equations V H Vᵀ s = V H Tᵀ, one small system a row.
+    A row's output is Σ_g s_g v_g with v_g = (codes − zero) in group g and 0 elsewhere, so the best
+    change δ of its scales solves V H Vᵀ δ = −V H Dᵀ with D = Ŵ − T, one small system a row. Also
+    returns tr((Ŵ − T)(H + λI)(Ŵ − T)ᵀ), what is left.
     """
     H = moments.damped.float()
     rows, columns = T.shape
     groups = grid.scale.shape[1]
     V = codes.float() - grid.spread(columns)[1]
+    D = grid.values(codes) - T
     pad = groups * grid.group - columns
 
     def by_group(X: Tensor) -> Tensor:
@@ -131,18 +131,15 @@ def refit_scales(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> Grid
     for g in range(groups):
         own = slice(g * grid.group, min((g + 1) * grid.group, columns))
         A[:, g] = by_group((V[:, own] @ H[own]) * V)
-    b = by_group(V * (T @ H))
+    E = D @ H
+    slope, wrong = by_group(V * E).double(), (D * E).sum(1).double()
     A = A.double()
     ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-    A = A + ridge[:, None, None] * torch.eye(groups, dtype=torch.float64)
+    bent = A + ridge[:, None, None] * torch.eye(groups, dtype=torch.float64)
     old = grid.scale.double()
-    # the change from the old scales, so that empty groups keep theirs
-    change = torch.linalg.solve(A, b.double() - (A @ old[..., None])[..., 0])
-    scale = grid.storable((old + change).float())
-
-    def error(scales: Tensor) -> Tensor:
-        D = V * grid.stretch(scales.float(), columns) - T
-        return ((D @ H) * D).sum(1)
-
-    better = error(scale) < error(grid.scale)
-    return replace(grid, scale=torch.where(better[:, None], scale, grid.scale))
+    scale = grid.storable((old - torch.linalg.solve(bent, slope)).float())
+    change = scale.double() - old
+    gain = (change * (2 * slope + (A @ change[..., None])[..., 0])).sum(1)
+    better = gain < 0
+    left = (wrong + gain.clamp(max=0)).sum().item()
+    return replace(grid, scale=torch.where(better[:, None], scale, grid.scale)), left

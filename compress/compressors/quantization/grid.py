@@ -33,6 +33,11 @@ class Grid:
     group: int
     symmetric: bool
 
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
     def codes(self, W: Tensor) -> Tensor:
         """Nearest grid points of W [out, in], as integers in [0, 2^bits)."""
         s, z = self.spread(W.shape[1])

@@ -1,0 +1,115 @@
+"""Passes whose tensors wait on disk compute what they would in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import normal
+from torch import Tensor, nn
+
+from compress import blockwise, memory
+from compress.blockwise import stops
+from compress.offload import SMALL, Offload
+
+WIDTH, ROWS = 64, SMALL // 64 // 4  # a hidden state is just large enough for the disk
+
+
+class Block(nn.Module):
+    """Holds tensors in variables, in a view, in a list, and half-way through an expression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for seed, name in enumerate(("first", "second", "third")):
+            layer = nn.Linear(WIDTH, WIDTH, bias=False)
+            layer.weight.data = normal(WIDTH, WIDTH, seed=seed, scale=0.1)
+            setattr(self, name, layer)
+        self.register_buffer("shared", normal(ROWS, WIDTH, seed=9, scale=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x + self.shared
+        turned = residual.T
+        parts = list(residual.mul(2).split(ROWS // 2))
+        y = residual.tanh() * self.first(residual)
+        y = y.exp_() + self.second(y)
+        y += residual
+        return self.third(y) + turned.T + torch.cat(parts)
+
+
+def passes(count: int) -> list[Any]:
+    given = [normal(ROWS, WIDTH, seed=20 + n, scale=1) for n in range(count)]
+    return [lambda model, x=x: model(x) for x in given]
+
+
+def seen(model: nn.Module, folder: Path | None) -> list[Tensor]:
+    found = []
+    for stop in stops([model, Block()], passes(3), ("first", "second", "third"), folder):
+        for _, inputs in stop.batches():
+            found += [x.clone() for x in inputs if x is not None]
+        model.get_submodule(stop.name).weight.data *= 0.5
+    return found
+
+
+@pytest.mark.parametrize("free", [0, 8 * SMALL, 1 << 40])
+def test_nothing_changes(free: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "available", lambda: free)
+    here, there = seen(Block(), None), seen(Block(), tmp_path)
+    assert len(here) == 3 * 3 * 2
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    assert not list(tmp_path.iterdir()), "the files have no name"
+
+
+def test_what_waits_is_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "available", lambda: 0)
+    model = Block()
+    for stop in stops([model], passes(3), ("first", "second"), tmp_path):
+        assert [x.untyped_storage().nbytes() for x in stop.inputs[0].values()] == [0, 0, 0]
+        for number, (x,) in stop.batches():
+            assert x is stop.inputs[0][number]
+            assert x.untyped_storage().nbytes() == SMALL
+            others = [y for n, y in stop.inputs[0].items() if n != number]
+            assert all(y.untyped_storage().nbytes() == 0 for y in others)
+    assert model.shared.untyped_storage().nbytes() == SMALL
+    assert all(p.untyped_storage().nbytes() for p in model.parameters())
+
+
+def test_files_go_with_the_passes(tmp_path: Path) -> None:
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    offload = Offload([], tmp_path / "made", 0)
+    with offload.running("one"):
+        tensor = torch.ones(SMALL)
+    assert tensor.untyped_storage().nbytes() == 0
+    with offload.running("one"):
+        assert tensor.eq(1).all()
+        del tensor
+    offload.close()
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        name = "full"
+
+        def seek(self, *_: int) -> None: ...
+        def close(self) -> None: ...
+        def write(self, _: memoryview) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("compress.offload.TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr(blockwise, "available", lambda: 0)
+    with pytest.raises(OSError, match="No space left"):
+        list(stops([Block()], passes(2), ("first",), tmp_path))
+
+
+def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = memory.available()
+    assert whole > 0
+    monkeypatch.setattr(memory, "_limits", lambda: [10**12, 10**6])
+    assert memory.available() == 0
+    monkeypatch.setattr(memory, "_limits", lambda: [])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert memory.available() == pytest.approx(whole / 2, rel=0.2)
