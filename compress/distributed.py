@@ -52,7 +52,7 @@ def least(number: int) -> int:
 
 
 def agreed(number: int, otherwise: int) -> int:
-    """The number that every process came with, or ``otherwise`` if they came with different ones."""
+    """The number that every process came with; ``otherwise`` if they are not the same."""
     low, high = least(number), -least(-number)
     return low if low == high else otherwise
 

@@ -26,7 +26,7 @@ from compress.calibration import calibrates, forward_passes
 from compress.compressors.base import CalibratedCompressor, LayerCompressor
 from compress.errors import ModelError
 from compress.events import Event
-from compress.memory import give_back
+from compress.memory import apart_when_large, give_back
 from compress.moments import Moments
 from compress.problem import LayerProblem, relative_error
 from compress.recipe import Recipe, Stage
@@ -45,6 +45,7 @@ def solve(
     Raises:
         ModelError: a solution is not finite.
     """
+    apart_when_large()
     if calibrates(stage, recipe, source):
         yield from _Calibrated(number, stage, recipe, source, before, store).events()
     else:

@@ -21,6 +21,17 @@ def give_back() -> None:
         return
 
 
+def apart_when_large() -> None:
+    """Have glibc give tensors from 1 MB on pages of their own, which go back when they are freed.
+
+    Left alone it soon takes them from its heap, which then has holes that grow with every block.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+    except (AttributeError, OSError, TypeError):
+        return
+
+
 def available() -> int:
     """Bytes that this process may still take: what is free, or what its control group leaves."""
     own = psutil.Process().memory_info().rss

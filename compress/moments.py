@@ -29,13 +29,23 @@ class Moments:
         """bool [in]: inputs that were always zero."""
         return self.H.diagonal() == 0
 
-    @cached_property
+    @property
     def damped(self) -> Tensor:
         """float64 [in, in]: H + λI with λ = 0.01 · mean diagonal; positive definite.
 
         Dead inputs have 1 on the diagonal. λ grows tenfold for as long as a Cholesky
         factorization fails.
         """
+        return self._damped[0]
+
+    @property
+    def factor(self) -> Tensor:
+        """float64 [in, in]: lower L with LLᵀ = H + λI."""
+        return self._damped[1]
+
+    @cached_property
+    def _damped(self) -> tuple[Tensor, Tensor]:
+        """H + λI, and its lower Cholesky factor."""
         H = self.H.double()
         diagonal = H.diagonal()
         mean = diagonal[~self.dead].mean() if not self.dead.all() else torch.tensor(1.0)
@@ -43,8 +53,9 @@ class Moments:
         strength = DAMPING * mean
         while True:
             damped = H + strength * torch.eye(len(H), dtype=torch.float64)
-            if torch.linalg.cholesky_ex(damped).info == 0:
-                return damped
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if not failed:
+                return damped, factor
             strength = strength * 10
 
     def inverse_factor(self, *, descending: bool = True) -> tuple[Tensor, Tensor]:
@@ -57,9 +68,11 @@ class Moments:
             order = torch.arange(len(self.H))
             if descending:
                 order = self.H.diagonal().argsort(descending=True, stable=True)
-            damped = self.damped[order][:, order]
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-            U = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
+            # of the inputs backwards, because H + λI = U⁻¹U⁻ᵀ has its factor the other way round
+            back = order.flip(0)
+            lower = torch.linalg.cholesky(self.damped[back][:, back])
+            eye = torch.eye(len(order), dtype=torch.float64)
+            U = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
             self._factors[descending] = order, U.float()
         return self._factors[descending]
 
@@ -78,6 +91,6 @@ class Moments:
         if self.G is None or strength == 0:
             return W
         # W(Gᵀ+λI)(H+λI)⁻¹ = W + W(Gᵀ − H)(H+λI)⁻¹
-        change = (self.G.T - self.H).double()
-        step = torch.linalg.solve(self.damped, change.T @ W.double().T).T
+        change = (self.G - self.H) @ W.T  # H is symmetric
+        step = torch.cholesky_solve(change.double(), self.factor).T
         return (W.double() + strength * step).float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -62,15 +63,19 @@ class LayerProblem:
             return torch.ones(self.weight.shape[1])
         return self.H.diagonal()
 
+    @cached_property
+    def energy(self) -> float:
+        """tr(T H Tᵀ), T = target."""
+        return _energy(self.target, self.H)
+
 
 def relative_error(problem: LayerProblem, solution: Weight) -> float:
     """tr((T − Ŵ) H (T − Ŵ)ᵀ) / tr(T H Tᵀ), T = target: the share of the output that is wrong.
 
     0 is exact, 1 is as bad as a zero weight. Without H it is ‖W − Ŵ‖² / ‖W‖².
     """
-    target = problem.target
-    wrong = _energy(target - solution.dense(), problem.H)
-    whole = _energy(target, problem.H)
+    wrong = _energy(problem.target - solution.dense(), problem.H)
+    whole = problem.energy
     if whole == 0:
         return 0.0 if wrong == 0 else float("inf")
     return wrong / whole

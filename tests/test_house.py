@@ -20,8 +20,8 @@ LIBRARY = sorted((ROOT / "compress").rglob("*.py"))
 MODULES = sorted([*LIBRARY, *(ROOT / "eval").rglob("*.py")])
 # Each may import those before it, and its own layer; cli may import eval as well.
 LAYERS = (
-    "errors", "memory", "distributed", "events", "weights", "anatomy", "moments", "problem",
-    "store", "data", "objective", "training", "compressors", "registry", "recipe", "source",
+    "errors", "memory", "offload", "distributed", "events", "weights", "anatomy", "moments",
+    "problem", "store", "data", "objective", "training", "compressors", "registry", "recipe", "source",
     "blockwise", "assemble", "formats", "checkpoint", "calibration", "sensitivity", "layerwise",
     "preflight", "plain_load", "writer", "workdir", "verify", "wiring", "heads", "rotation",
     "transform", "run", "api", "testing", "display", "cli",

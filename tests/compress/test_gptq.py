@@ -87,6 +87,7 @@ def test_refit_is_the_least_squares_scale_of_every_group() -> None:
     grid = Grid(grid.scale.float() * 1.3, grid.zero, 3, 8, True)  # far off, exact storage
     codes = grid.codes(T)
     found, left = refit_scales(codes, T, grid, H)
+    assert left == pytest.approx(float(row_loss(codes, T, found, H.damped).sum()), rel=1e-4)
     root = torch.linalg.cholesky(H.damped)
     steps = codes.double() - 4
     for row in range(5):

@@ -61,11 +61,11 @@ def projections(
     """
     M = T.double()
     if H is not None:
-        M = M.masked_fill(H.dead, 0) @ torch.linalg.cholesky(H.damped)
+        M = M.masked_fill(H.dead, 0) @ H.factor
     if F is None:
         sigma, U = left_singular(M)
         return sigma, U, U
-    L = torch.linalg.cholesky(F.damped)
+    L = F.factor
     sigma, U = left_singular(L.T @ M)
     return sigma, torch.linalg.solve_triangular(L.T, U, upper=True), L @ U
 

@@ -125,12 +125,15 @@ def refit_scales(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> tupl
     pad = groups * grid.group - columns
 
     def by_group(X: Tensor) -> Tensor:
-        return torch.nn.functional.pad(X, (0, pad)).view(rows, groups, grid.group).sum(-1)
+        X = torch.nn.functional.pad(X, (0, pad)) if pad else X
+        return X.view(rows, -1, grid.group).sum(-1)
 
     A = torch.empty(rows, groups, groups)
     for g in range(groups):
-        own = slice(g * grid.group, min((g + 1) * grid.group, columns))
-        A[:, g] = by_group((V[:, own] @ H[own]) * V)
+        start = g * grid.group
+        own = slice(start, start + grid.group)
+        pairs = by_group((V[:, own] @ H[own, start:]) * V[:, start:])
+        A[:, g, g:] = A[:, g:, g] = pairs
     E = D @ H
     slope, wrong = by_group(V * E).double(), (D * E).sum(1).double()
     A = A.double()
