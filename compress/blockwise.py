@@ -103,18 +103,19 @@ class Stop:
     """All forward passes that come to ``name`` wait there.
 
     ``inputs`` holds for each model what the site reads, by number of batch; ``batches`` brings it
-    back to memory.
+    back to memory. ``again``: in every process it is what the site before read.
     """
 
     name: str
     inputs: tuple[dict[int, Tensor], ...]
+    again: bool = False
     offload: Offload | None = None
 
     def batches(self) -> Iterator[tuple[int, list[Tensor | None]]]:
         """The number of a batch that came here in the first model, and what each model reads."""
         for number in self.inputs[0]:
             there = [(m, number) for m, inputs in enumerate(self.inputs) if number in inputs]
-            with self.offload.there(list(there)) if self.offload else nullcontext():
+            with self.offload.there(there) if self.offload else nullcontext():
                 yield number, [inputs.get(number) for inputs in self.inputs]
 
 
@@ -133,7 +134,7 @@ def stops(
     Several processes stop at the same sites; where none of a process' passes comes to, it has no
     inputs. What the passes hold beyond half of the free memory waits in ``folder``.
     """
-    offload = Offload(list(models), folder, available() // 2) if folder else None
+    offload = Offload(models, folder, available() // 2) if folder else None
     place = {name: number for number, name in enumerate(names)}
     hub = greenlet.getcurrent()
     left = set(names)
@@ -184,8 +185,10 @@ def stops(
             for m, n in here:
                 inputs[m][n] = waiting[m, n][1]
             give_back()
+            again = False
             while nearest < len(names):
-                yield Stop(names[nearest], inputs, offload)
+                yield Stop(names[nearest], inputs, again, offload)
+                again = True
                 left.discard(names[nearest])
                 if not left:
                     return

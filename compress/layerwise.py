@@ -26,7 +26,7 @@ from compress.calibration import calibrates, forward_passes
 from compress.compressors.base import CalibratedCompressor, LayerCompressor
 from compress.errors import ModelError
 from compress.events import Event
-from compress.memory import apart_when_large, give_back
+from compress.memory import give_back, map_large
 from compress.moments import Moments
 from compress.problem import LayerProblem, relative_error
 from compress.recipe import Recipe, Stage
@@ -45,7 +45,7 @@ def solve(
     Raises:
         ModelError: a solution is not finite.
     """
-    apart_when_large()
+    map_large()
     if calibrates(stage, recipe, source):
         yield from _Calibrated(number, stage, recipe, source, before, store).events()
     else:
@@ -163,8 +163,8 @@ class _Calibrated:
             self.settle(solver, name, moments)
             yield event()
         names = [name for sites in self.left.values() for name in sites]
-        for model, stop, moments in self.walk(names, self.read):
-            site, weight = self.settle(solver, stop.name, moments)
+        for model, name, moments in self.walk(names, self.read):
+            site, weight = self.settle(solver, name, moments)
             dense = dense_tensor(site, weight).to(self.dtype)
             put(model, self.source.anatomy, site.parameter, dense)
             yield event()
@@ -179,9 +179,9 @@ class _Calibrated:
 
     def problems(self) -> Iterator[LayerProblem]:
         """Every site's problem in the model as it is before the stage; nothing changes."""
-        for _, stop, moments in self.walk(self.readers(), self.before.read, moving=False):
-            part = self.before.read(self.blocks[stop.name])
-            yield self.problem(stop.name, part.weights[stop.name], moments, None)
+        for _, name, moments in self.walk(self.readers(), self.before.read, moving=False):
+            part = self.before.read(self.blocks[name])
+            yield self.problem(name, part.weights[name], moments, None)
 
     def readers(self) -> list[str]:
         """Sites that read activations, in the order of the blocks."""
@@ -204,14 +204,17 @@ class _Calibrated:
         }
         heads = {alias: name for name in tables for alias in left[name].aliases}
         heads = {a: n for a, n in heads.items() if self._is_linear(a)}
-        for _, stop, moments in self.walk(list(heads), self.before.read, moving=False):
-            tables[heads[stop.name]] = moments
+        for _, alias, moments in self.walk(list(heads), self.before.read, moving=False):
+            tables[heads[alias]] = moments
         return tables
 
     def walk(
         self, names: Sequence[str], read: Callable[[int], Part], *, moving: bool = True
-    ) -> Iterator[tuple[nn.Module, Stop, Moments]]:
-        """Stop at every site of ``names``. ``moving``: beside the model as it was before."""
+    ) -> Iterator[tuple[nn.Module, str, Moments]]:
+        """The model, and name and moments of each of ``names`` while all passes wait there.
+
+        ``moving``: beside the model as it was before.
+        """
         if not names:
             return
         readers = [read]
@@ -230,15 +233,17 @@ class _Calibrated:
                 )
                 for reader in readers
             ]
-            last: tuple[Stop, Moments] | None = None
+            moments: Moments | None = None
             passes = stops(models, self.forwards, names, self.store.folder)
             stack.enter_context(closing(passes))
             for stop in passes:
                 known = self.sensitivities.get(stop.name)
                 weights = known.tokens if known and self.compressor.weighs_tokens else None
-                if last is None or weights or not _same_inputs(last[0], stop):
-                    last = stop, _moments(stop, self._width(stop.name), weights)
-                yield models[0], stop, last[1]
+                if moments is None or weights or not stop.again:
+                    moments = _moments(stop, self._width(stop.name), weights)
+                name = stop.name
+                del stop  # and with it what the passes need no more once they go on
+                yield models[0], name, moments
 
     def read(self, number: int) -> Part:
         """A block as it is now; those with work to do stay here until it is done."""
@@ -303,15 +308,6 @@ class _Calibrated:
 
     def _is_linear(self, name: str) -> bool:
         return isinstance(self.source.skeleton.get_submodule(name), nn.Linear)
-
-
-def _same_inputs(one: Stop, other: Stop) -> bool:
-    """Whether two sites read the very same tensors, in every process."""
-    same = all(
-        a.keys() == b.keys() and all(a[n] is b[n] for n in a)
-        for a, b in zip(one.inputs, other.inputs, strict=True)
-    )
-    return bool(distributed.least(same))
 
 
 def _moments(stop: Stop, width: int, weights: list[Tensor] | None) -> Moments:

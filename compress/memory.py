@@ -14,20 +14,23 @@ import psutil
 
 
 def give_back() -> None:
-    """Return what is free to the system (glibc's malloc_trim; elsewhere nothing happens)."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        return
+    """Return what is free to the system (glibc's malloc_trim)."""
+    _glibc("malloc_trim", 0)
 
 
-def apart_when_large() -> None:
-    """Have glibc give tensors from 1 MB on pages of their own, which go back when they are freed.
+def map_large() -> None:
+    """Have tensors from 1 MB on lie on pages of their own, which go back when they are freed.
 
-    Left alone it soon takes them from its heap, which then has holes that grow with every block.
+    Left alone, glibc soon takes them from its heap, which then has holes that grow with every
+    block.
     """
+    _glibc("mallopt", -3, 1 << 20)  # M_MMAP_THRESHOLD
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Call it where there is one; with other C libraries nothing happens."""
     try:
-        ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None)[function](*arguments)
     except (AttributeError, OSError, TypeError):
         return
 

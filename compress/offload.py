@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,7 @@ class Offload:
     The files have no name, and so are gone with the process. Weights are not the passes' own.
     """
 
-    def __init__(self, models: list[nn.Module], folder: Path, limit: int) -> None:
+    def __init__(self, models: Sequence[nn.Module], folder: Path, limit: int) -> None:
         self.models, self.folder, self.limit = models, folder, limit
         self.passes: dict[Hashable, _Held] = {}
         self.total = 0
@@ -54,15 +54,16 @@ class Offload:
             yield
         alive = [tensor for ref in held.tensors if (tensor := ref()) is not None]
         held.tensors = [weakref.ref(tensor) for tensor in alive]
-        storages = self._own(alive)
-        held.nbytes = sum(storage.nbytes() for storage in storages)
+        storages = _large(alive)
+        held.nbytes = sum(storage.nbytes() for storage in storages.values())
         if self.total + held.nbytes > self.limit:
-            self._put(held, storages)
+            weights = self._weights()
+            self._put(held, [s for pointer, s in storages.items() if pointer not in weights])
             held.nbytes = 0
         self.total += held.nbytes
 
     @contextmanager
-    def there(self, keys: list[Hashable]) -> Iterator[None]:
+    def there(self, keys: Iterable[Hashable]) -> Iterator[None]:
         """While what these passes hold is looked at, not changed."""
         passes = [self.passes[key] for key in keys]
         for held in passes:
@@ -78,19 +79,14 @@ class Offload:
                 held.file.close()
         self.passes.clear()
 
-    def _own(self, tensors: list[Tensor]) -> list[torch.UntypedStorage]:
-        weights = {
+    def _weights(self) -> set[int]:
+        """Where the storages of parameters and buffers lie: all passes need them."""
+        return {
             tensor.untyped_storage().data_ptr()
             for model in self.models
             for tensor in (*model.parameters(), *model.buffers())
             if not tensor.is_meta
         }
-        found = {}
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.nbytes() >= SMALL and storage.resizable():
-                found[storage.data_ptr()] = storage
-        return [storage for pointer, storage in found.items() if pointer not in weights]
 
     def _put(self, held: _Held, storages: list[torch.UntypedStorage]) -> None:
         if held.file is None:
@@ -109,6 +105,12 @@ class Offload:
             for storage, nbytes in held.away:
                 storage.resize_(nbytes)
                 _read(held.file, storage)
+
+
+def _large(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
+    """The storages of ``tensors`` that are worth a file, by where they lie."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {s.data_ptr(): s for s in storages if s.nbytes() >= SMALL and s.resizable()}
 
 
 def _bytes(storage: torch.UntypedStorage) -> memoryview:

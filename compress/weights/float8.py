@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from compress.weights.base import Weight, spec_of
-
-LARGEST = torch.finfo(torch.float8_e4m3fn).max
+from compress.weights.modeling_compressed import LARGEST
 
 
 class Float8(Weight):

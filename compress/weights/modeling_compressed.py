@@ -25,6 +25,7 @@ except ImportError:  # only packed integers need it
     unpack_from_int32 = None
 
 Spec = dict[str, Any]
+LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 def decode(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
@@ -93,7 +94,7 @@ def round_tokens(x: Tensor, numbers: int | str) -> Tensor:
     of x, as compressed-tensors does it. The gradient passes as if nothing was rounded.
     """
     fixed = x.detach()
-    low, high = (-448.0, 448.0)
+    low, high = -LARGEST, LARGEST
     if isinstance(numbers, int):
         low, high = -(2.0 ** (numbers - 1)), 2.0 ** (numbers - 1) - 1
     step = fixed.abs().amax(-1, keepdim=True) / ((high - low) / 2)

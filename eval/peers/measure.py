@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress import registry
+from compress.anatomy import select
 from compress.checkpoint import load_tokenizer, resolve
 from compress.data import windows
 from compress.errors import CompressError, RecipeError
@@ -77,8 +78,9 @@ def run(job: Job, home: Path) -> Row:
     toolkit = TOOLKITS[job.method.toolkit]
     interpreter = python(toolkit, home)
     source = Source(job.model)
-    layers = [block for block in source.anatomy.blocks if block.index is not None]
-    modules = [site.name for block in layers for site in block.sites]
+    anatomy = source.anatomy
+    blocks = select(anatomy.sites, ["blocks"], [], None, anatomy.layers)
+    modules = [site.name for site in blocks]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         (out / "job.json").write_text(json.dumps(_wanted(job, out, toolkit.adapter, modules)))
@@ -177,6 +179,7 @@ def _said(setting: Setting, stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment(job: Job) -> dict[str, str]:
+    """Of several threads none sleeps while it waits: they would wake too slowly."""
     threads = str(job.threads)
     return {
         **os.environ,

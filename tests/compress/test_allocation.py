@@ -11,6 +11,7 @@ import torch
 from tiny import normal
 from torch import Tensor
 
+from compress import load
 from compress import recipe as recipes
 from compress import run as runs
 from compress.compressors.pruning.admm import ADMM
@@ -80,8 +81,6 @@ def test_the_whole_has_the_sparsity_that_was_asked(method: str, text: str, tmp_p
     stage: dict[str, Any] = {"use": method, "sparsity": 0.6, "allocation": "error"}
     made = {"model": "demo", "stages": [stage], "calibration": {"data": text, "samples": 8}}
     info = runs.apply(recipes.load_one(made), tmp_path / "out", verify=False)
-    from compress import load
-
     model = load(tmp_path / "out")
     zeros = [
         float((model.get_submodule(site["name"]).weight == 0).float().mean())

@@ -12,7 +12,7 @@ from tiny import normal
 from torch import Tensor
 
 from compress.compressors.base import LayerCompressor
-from compress.compressors.lowrank.ranks import allocate
+from compress.compressors.budget import allocate
 from compress.compressors.lowrank.residual import Residual
 from compress.compressors.lowrank.svd import SVD
 from compress.compressors.lowrank.truncation import left_singular, projections

@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from compress.compressors.base import Shape
-from compress.compressors.lowrank.ranks import allocate
+from compress.compressors.budget import allocate
 from compress.compressors.lowrank.truncation import Truncation, projections
 from compress.problem import LayerProblem
 from compress.weights import Dense, LowRank, Weight

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from compress.compressors.lowrank.ranks import allocate
+from compress.compressors.budget import allocate
 from compress.problem import LayerProblem
 
 SHARES = torch.arange(96) / 100  # of a matrix, that may go

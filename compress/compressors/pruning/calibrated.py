@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -42,8 +42,7 @@ class CalibratedPruner(Pruner, CalibratedCompressor, ABC):
     def best(self, problem: LayerProblem) -> tuple[Weight, str]:
         if problem.name not in self._shares:
             return super().best(problem)
-        chosen: dict[str, Any] = {"sparsity": self._shares[problem.name]}
-        alone = self.model_copy(update=chosen)
+        alone = self.model_copy(update={"sparsity": self._shares[problem.name]})
         alone._shares = {}
         return alone.best(problem)
 

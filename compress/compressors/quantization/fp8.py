@@ -10,7 +10,8 @@ from pydantic import Field
 from compress.compressors.base import LayerCompressor, Shape
 from compress.problem import LayerProblem
 from compress.weights import Float8
-from compress.weights.float8 import LARGEST, rounded
+from compress.weights.float8 import rounded
+from compress.weights.modeling_compressed import LARGEST
 from compress.weights.quantized import scale_dtype
 
 STEPS = 8  # scales tried within a factor of two; further on the same grid comes again
