@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -15,20 +15,24 @@ from compress.compressors.pruning.pruner import Pruner
 from compress.problem import LayerProblem
 from compress.weights import Weight
 
+Allocation = Literal["uniform", "error", "outliers"]
+ALLOCATION = "the share holds for each matrix, or is shared out between all"
+
 
 class CalibratedPruner(Pruner, CalibratedCompressor, ABC):
     """Pruning by what the layer puts out on the calibration text."""
 
-    allocation: Literal["uniform", "error", "outliers"] = Field(
-        "uniform", description="the share holds for each matrix, or is shared out between all"
-    )
+    allocation: Allocation = Field("uniform", description=ALLOCATION)
     _shares: dict[str, float] = PrivateAttr(default_factory=dict)  # by site, from prepare
 
-    @model_validator(mode="after")
-    def _pattern_is_uniform(self) -> CalibratedPruner:
-        if self.pattern is not None and self.allocation != "uniform":
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_is_uniform(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("pattern") is None:
+            return raw
+        if raw.get("allocation", "uniform") != "uniform":
             raise ValueError("pattern decides the sparsity of every matrix; drop 'allocation'")
-        return self
+        return {**raw, "allocation": "uniform"}
 
     def prepare(self, problems: Callable[[], Iterable[LayerProblem]]) -> CalibratedPruner:
         """Share the sparsity out between all sites, from their problems in the unpruned model."""
