@@ -77,7 +77,7 @@ def _without_data(
             if site.name in taken:
                 goal = wanted[site.name].dense() if wanted else None
                 problem = LayerProblem(site.name, part.weights[site.name], goal=goal)
-                weight = solver.compress(problem)
+                weight = solver.at_site(site.name).compress(problem)
                 part.weights[site.name] = weight
                 part.records.append(record(number, stage, site, problem, weight))
         store.write(i, part)
@@ -144,7 +144,7 @@ class _Calibrated:
                 self.left.setdefault(block, {})[site.name] = site
 
     def events(self) -> Iterator[Event]:
-        if self.compressor.loss_weighted:
+        if self.compressor.reads_gradients:
             whole = assemble(self.source, self.before, torch.float32)
             self.sensitivities = sensitivities(whole, self.forwards, self.readers())
         solver = self.compressor.prepare(self.problems)
@@ -238,7 +238,8 @@ class _Calibrated:
             stack.enter_context(closing(passes))
             for stop in passes:
                 known = self.sensitivities.get(stop.name)
-                weights = known.tokens if known and self.compressor.weighs_tokens else None
+                weigh = self.compressor.loss_weighted and self.compressor.weighs_tokens
+                weights = known.tokens if known and weigh else None
                 if moments is None or weights or not stop.again:
                     moments = _moments(stop, self._width(stop.name), weights)
                 name = stop.name
@@ -265,7 +266,9 @@ class _Calibrated:
         site = self.left[number][name]
         before = part.weights[name]
         problem = self.problem(name, before, moments, self.goal(name, before, moments))
-        weight, used = solver.best(problem)
+        own = solver.at_site(name)
+        assert isinstance(own, CalibratedCompressor)
+        weight, used = own.best(problem)
         part.weights[name] = weight
         part.records.append(
             record(self.number, self.stage, site, problem, weight) | {"method": used}

@@ -65,10 +65,10 @@ class Stage(BaseModel):
         """
         chosen = select(anatomy.sites, self.targets, self.skip, self.blocks, anatomy.layers)
         for site in chosen:
-            if site.layout not in self.compressor.layouts:
+            reason = self.compressor.refuses(site)
+            if reason is not None:
                 raise RecipeError(
-                    f"{self.use} cannot compress {site.name}, an {site.layout}; "
-                    f"it takes {', '.join(sorted(self.compressor.layouts))}"
+                    f"{self.use} cannot compress {site.name}, an {site.layout}; {reason}"
                 )
         return chosen
 

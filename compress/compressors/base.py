@@ -49,6 +49,12 @@ class Compressor(BaseModel):
         """The kind of weight this makes of one of ``kind``."""
         return self.makes
 
+    def refuses(self, site: Site) -> str | None:
+        """Why this method cannot take ``site``; None when it can."""
+        if site.layout in self.layouts:
+            return None
+        return f"it takes {', '.join(sorted(self.layouts))}"
+
     def summary(self) -> str:
         """``rtn bits=3 group=64``: the name, the headline, and what differs from its default."""
         shown = [
@@ -83,6 +89,10 @@ class LayerCompressor(Compressor, ABC):
 
         ``problems()`` reads the weights one by one and may be called again for another pass.
         """
+        return self
+
+    def at_site(self, name: str) -> LayerCompressor:
+        """What solves this site: itself, unless ``prepare`` gave sites settings of their own."""
         return self
 
     def result(self, kind: str) -> str:
@@ -130,7 +140,7 @@ class LayerCompressor(Compressor, ABC):
         solver = self.prepare(problems)
         errors = {}
         for site, problem in zip(sites, problems(), strict=True):
-            weight = solver.compress(problem)
+            weight = solver.at_site(site.name).compress(problem)
             errors[site.name] = relative_error(problem, weight)
             if isinstance(weight, Dense):
                 kept = model.get_parameter(site.parameter)
@@ -158,6 +168,11 @@ class CalibratedCompressor(LayerCompressor, ABC):
     loss_weighted: bool = Field(
         False, description="weigh tokens by how much the loss depends on the layer's output"
     )
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the loss's gradients are measured first, which takes the model in memory."""
+        return self.loss_weighted
 
     @abstractmethod
     def data_free(self) -> LayerCompressor:

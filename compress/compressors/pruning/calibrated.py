@@ -13,7 +13,6 @@ from compress.compressors.pruning.allocation import by_error, by_outliers
 from compress.compressors.pruning.magnitude import Magnitude
 from compress.compressors.pruning.pruner import Pruner
 from compress.problem import LayerProblem
-from compress.weights import Weight
 
 Allocation = Literal["uniform", "error", "outliers"]
 ALLOCATION = "the share holds for each matrix, or is shared out between all"
@@ -43,12 +42,10 @@ class CalibratedPruner(Pruner, CalibratedCompressor, ABC):
         prepared._shares = share_out(problems(), self.share)
         return prepared
 
-    def best(self, problem: LayerProblem) -> tuple[Weight, str]:
-        if problem.name not in self._shares:
-            return super().best(problem)
-        alone = self.model_copy(update={"sparsity": self._shares[problem.name]})
-        alone._shares = {}
-        return alone.best(problem)
+    def at_site(self, name: str) -> CalibratedPruner:
+        if name not in self._shares:
+            return self
+        return self.model_copy(update={"sparsity": self._shares[name]})
 
     def data_free(self) -> Magnitude:
         return Magnitude.model_validate({"sparsity": self.sparsity, "pattern": self.pattern})

@@ -14,7 +14,7 @@ from compress.compressors.quantization.packed import PackedIntegers
 from compress.compressors.quantization.rtn import RTN
 from compress.moments import Moments
 from compress.problem import LayerProblem
-from compress.weights import Quantized
+from compress.weights import Quantized, Weight
 
 BLOCK = 64  # inputs whose errors are carried on one by one before the rest learn of them
 
@@ -33,6 +33,13 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
         ge=0,
         description="rounds of coordinate descent and scale refit, fewer if one gains under 1%",
     )
+
+    @property
+    def reads_gradients(self) -> bool:
+        return self.loss_weighted or not isinstance(self.bits, int)
+
+    def trial(self, problem: LayerProblem, bits: int) -> Weight:
+        return self.model_copy(update={"bits": bits, "polish": 0}).compress(problem)
 
     def data_free(self) -> RTN:
         return RTN(bits=self.bits, group=self.group, symmetric=self.symmetric)
