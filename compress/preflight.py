@@ -51,9 +51,10 @@ def preflight(recipe: Recipe, source: Source) -> Preflight:
     for stage in recipe.stages:
         chosen = stage.sites(source.anatomy)
         before = sum(size[site.name] for site in chosen)
-        if isinstance(stage.compressor, LayerCompressor):
-            for site in chosen:
-                _follow(stage.compressor, site, pieces, size)
+        for site in chosen:
+            compressor = stage.compressor_for(site)
+            if isinstance(compressor, LayerCompressor):
+                _follow(compressor, site, pieces, size)
         plans.append(
             StagePlan(stage.use, len(chosen), before, sum(size[site.name] for site in chosen))
         )

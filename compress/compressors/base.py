@@ -26,6 +26,7 @@ from compress.weights import Dense, LowRank, Weight
 from compress.weights.modeling_compressed import Compressed, attach, attach_alias
 
 Shape = tuple[int, int]
+PROPAGATE = "how far to correct for the error of the layers before (0 not, 1 fully)"
 
 
 class Compressor(BaseModel):
@@ -159,12 +160,7 @@ class CalibratedCompressor(LayerCompressor, ABC):
     weighs_tokens: ClassVar[bool] = True  # when it is loss-weighted
     needs_text: ClassVar[bool] = True  # or else, without text, the data-free self is what is wanted
 
-    propagate: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="how far to correct for the error of the layers before (0 not, 1 fully)",
-    )
+    propagate: float = Field(0.5, ge=0, le=1, description=PROPAGATE)
     loss_weighted: bool = Field(
         False, description="weigh tokens by how much the loss depends on the layer's output"
     )

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.compressors.base import CalibratedCompressor
+from compress.compressors.base import PROPAGATE, CalibratedCompressor
 from compress.compressors.quantization.grid import Grid
 from compress.compressors.quantization.packed import PackedIntegers
 from compress.compressors.quantization.rtn import RTN
@@ -28,6 +28,7 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
     the zeros stay zeros, whose errors the others make up for, too.
     """
 
+    propagate: float = Field(0.75, ge=0, le=1, description=PROPAGATE)
     polish: int = Field(
         4,
         ge=0,
