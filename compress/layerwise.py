@@ -159,6 +159,7 @@ class _Calibrated:
         # as the model runs, in half the memory; processors are slow at float16
         self.dtype = source.dtype if source.dtype == torch.bfloat16 else torch.float32
         self.blocks = {s.name: i for i, b in enumerate(source.anatomy.blocks) for s in b.sites}
+        self.shifted: dict[str, Tensor] = {}  # biases that the model in memory has yet to get
         self.open: dict[int, Part] = {}  # blocks with sites that are still to be solved
         self.sites = {site.name: site for site in stage.sites(source.anatomy)}
         self.solvers = _solvers(stage, source)
@@ -193,6 +194,8 @@ class _Calibrated:
             site, weight = self.settle(name, moments)
             dense = dense_tensor(site, weight).to(self.dtype)
             put(model, self.source.anatomy, site.parameter, dense)
+            if (bias := self.shifted.pop(name, None)) is not None:
+                put(model, self.source.anatomy, f"{name}.bias", bias.to(self.dtype))
             yield event()
         for number in range(len(self.source.anatomy.blocks)):
             if number not in self.done:
@@ -208,6 +211,8 @@ class _Calibrated:
         names = [name for name in self.readers() if self.solvers[name] is self.compressor]
         for _, name, moments in self.walk(names, self.before.read, moving=False):
             part = self.before.read(self.blocks[name])
+            if self.compressor.shifts and f"{name}.bias" in part.others:
+                moments = moments.centred()
             yield self.problem(name, part.weights[name], moments, None)
 
     def readers(self) -> list[str]:
@@ -294,9 +299,16 @@ class _Calibrated:
         part = self.open[number]
         site = self.left[number][name]
         before = part.weights[name]
-        problem = self.problem(name, before, moments, self.goal(name, before, moments))
-        weight, used = self.solver(name).best(problem)
+        solver = self.solver(name)
+        bias = part.others.get(f"{name}.bias") if solver.shifts and moments else None
+        given = moments.centred() if moments and bias is not None else moments
+        problem = self.problem(name, before, given, self.goal(name, before, given))
+        weight, used = solver.best(problem)
         part.weights[name] = weight
+        if moments and bias is not None:
+            shift = moments.shift(before.dense(), weight.dense(), solver.propagate)
+            part.others[f"{name}.bias"] = (bias.float() + shift).to(bias.dtype)
+            self.shifted[name] = part.others[f"{name}.bias"]
         part.records.append(
             record(self.number, self.stage, site, problem, weight) | {"method": used}
         )
@@ -349,21 +361,26 @@ class _Calibrated:
 
 def _moments(stop: Stop, width: int, weights: list[Tensor] | None) -> Moments:
     """H, and G where a second model waits at the same site with as many tokens."""
-    H = torch.zeros(width, width)
-    G = torch.zeros(width, width)
+    H, mean = torch.zeros(width, width), torch.zeros(width)
+    G, wanted_mean = torch.zeros(width, width), torch.zeros(width)
     tokens, paired = 0, len(stop.inputs) > 1
     for number, (inputs, *others) in stop.batches():
         assert inputs is not None
         x = inputs.reshape(-1, width).float()
         weighted = x if weights is None else x * weights[number][:, None]
         H.addmm_(weighted.T, x)
+        mean += weighted.sum(0)
         tokens += len(x)
         original = others[0] if others else None
         if original is None or original.shape != inputs.shape:
             paired = False
         else:
-            G.addmm_(weighted.T, original.reshape(-1, width).float())
+            wanted = original.reshape(-1, width).float()
+            G.addmm_(weighted.T, wanted)
+            wanted_mean += (wanted if weights is None else wanted * weights[number][:, None]).sum(0)
     paired = bool(distributed.least(paired))
     tokens = max(1, int(distributed.total(torch.tensor(tokens))))
-    H = distributed.total(H)
-    return Moments(H / tokens, distributed.total(G) / tokens if paired else None)
+    H, mean = distributed.total(H) / tokens, distributed.total(mean) / tokens
+    if not paired:
+        return Moments(H, None, mean)
+    return Moments(H, distributed.total(G) / tokens, mean, distributed.total(wanted_mean) / tokens)

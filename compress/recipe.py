@@ -16,7 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from compress import registry
 from compress.anatomy import Anatomy, Site, matches, select
-from compress.compressors.base import Compressor, LayerCompressor, TransformCompressor
+from compress.compressors.base import (
+    Compressor,
+    LayerCompressor,
+    StructureCompressor,
+    TransformCompressor,
+)
 from compress.errors import RecipeError, did_you_mean
 
 
@@ -196,24 +201,31 @@ def load_one(
     return next(iter(recipes.values()))
 
 
-def check_order(stages: Sequence[Stage], anatomy: Anatomy) -> dict[str, str]:
+def check_order(
+    stages: Sequence[Stage], anatomy: Anatomy, after: Sequence[Anatomy] = ()
+) -> dict[str, str]:
     """Follow every site's kind of weight through the stages; the final kind of each site.
+
+    ``after`` holds the anatomy that each stage leaves, if some leave another.
 
     Raises:
         RecipeError: a stage takes a site whose weight is of a kind that it cannot start from.
     """
     kinds = {site.name: "dense" for site in anatomy.sites}
     last = {site.name: "the original model" for site in anatomy.sites}
-    transform = ""
+    changed = ""
     for number, stage in enumerate(stages):
-        if transform and stage.compressor.restores:
+        if changed and stage.compressor.restores:
             raise RecipeError(
-                f"stages.{number} ({stage.use}) cannot follow {transform}, which leaves other "
+                f"stages.{number} ({stage.use}) cannot follow {changed}, which leaves other "
                 "matrices than the original model's that it restores"
             )
-        if isinstance(stage.compressor, TransformCompressor):
-            transform = f"stages.{number} ({stage.use})"
-        for site in stage.sites(anatomy):
+        chosen = stage.sites(anatomy)
+        if isinstance(stage.compressor, (TransformCompressor, StructureCompressor)):
+            changed = f"stages.{number} ({stage.use})"
+        if isinstance(stage.compressor, StructureCompressor):
+            chosen = [site for site in anatomy.sites if site.block is not None]
+        for site in chosen:
             kind = kinds[site.name]
             compressor = stage.compressor_for(site)
             if kind not in compressor.accepts:
@@ -224,6 +236,9 @@ def check_order(stages: Sequence[Stage], anatomy: Anatomy) -> dict[str, str]:
                 )
             kinds[site.name] = compressor.result(kind)
             last[site.name] = f"stages.{number} ({stage.use})"
+        if after:
+            anatomy = after[number]
+            kinds = {site.name: kinds.get(site.name, "dense") for site in anatomy.sites}
     return kinds
 
 

@@ -1,8 +1,9 @@
 """What a compressor is: a frozen, validated configuration that *is* the method.
 
-Three shapes. A LayerCompressor turns the weight of one site into another, one layer problem at a
+Four shapes. A LayerCompressor turns the weight of one site into another, one layer problem at a
 time; a TrainingCompressor changes a whole compressed model by gradient steps; a
-TransformCompressor writes a dense model as an equal one that is easier to compress.
+TransformCompressor writes a dense model as an equal one that is easier to compress; a
+StructureCompressor makes a model of another shape, which the stages after it see as theirs.
 """
 
 from __future__ import annotations
@@ -170,6 +171,11 @@ class CalibratedCompressor(LayerCompressor, ABC):
         """Whether the loss's gradients are measured first, which takes the model in memory."""
         return self.loss_weighted
 
+    @property
+    def shifts(self) -> bool:
+        """Whether a bias takes up the means, so that inputs count less theirs."""
+        return False
+
     @abstractmethod
     def data_free(self) -> LayerCompressor:
         """The method that this one must not do worse than, and falls back to."""
@@ -207,6 +213,26 @@ class TransformCompressor(Compressor, ABC):
 
     family: ClassVar[str] = "quantization"
     packs: ClassVar[bool] = False
+
+
+class StructureCompressor(Compressor, ABC):
+    """Makes a dense model of fewer blocks or narrower ones: an ordinary, smaller model."""
+
+    family: ClassVar[str] = "pruning"
+    headline: ClassVar[tuple[str, ...]] = ("amount",)
+    layouts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    needs_text: ClassVar[bool] = True
+
+    amount: float = Field(0.25, gt=0, lt=1, description="share that goes, of what there is")
+
+    def keeps(self, count: int, multiple: int = 1) -> int:
+        """How many of ``count`` blocks, heads or channels stay: the nearest number.
+
+        With a ``multiple`` above 1 it is the next lower multiple, where there is one.
+        """
+        left = count * (1 - self.amount) + 1e-9  # 0.1 of 10 is 1
+        lower = int(left) // multiple * multiple
+        return lower if multiple > 1 and lower else max(1, int(left + 0.5))
 
 
 @dataclass(frozen=True)
