@@ -28,7 +28,8 @@ def shard(model: nn.Module) -> nn.Module:
     blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     for block in reversed(blocks):
         fully_shard(block)
-    return fully_shard(model, reshard_after_forward=True)
+    fully_shard(model, reshard_after_forward=True)
+    return model
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Objective(nn.Module, ABC):
     def forward(self, rows: Tensor, step: int | None) -> Tensor:
         """The loss of these windows, nats summed over all tokens that count.
 
-        ``rows`` is a part of what ``Trainer.fit`` was given; without a step it is the held-out loss.
+        ``rows`` is a part of what ``Trainer.fit`` was given. Without a step: the held-out loss.
         """
 
     def count(self, rows: Tensor, step: int | None) -> int:
@@ -98,9 +98,13 @@ class Trainer:
     ) -> None:
         self.objective, self.schedule, self.seed, self.length = objective, schedule, seed, length
         self.report, self.processes = report, distributed.size()
-        options = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False, find_unused_parameters=True
+        )
         self.accelerator = Accelerator(
-            cpu=not torch.accelerator.is_available(), mixed_precision="no", kwargs_handlers=[options]
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=[options],
         )
         self.half = precision == "bfloat16" or (precision == "auto" and _has_bf16())
         self.model: Any
@@ -109,9 +113,7 @@ class Trainer:
         else:
             self.model = self.accelerator.prepare_model(objective)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=0.0, weight_decay=schedule.weight_decay
-        )
+        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=schedule.weight_decay)
         self.progress = _Progress(folder / STATE, self.trained, self.optimizer)
 
     def fit(self, train: Tensor, held: Tensor) -> dict[str, Any]:

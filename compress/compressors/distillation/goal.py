@@ -49,7 +49,7 @@ class Distillation(Objective):
     ) -> None:
         super().__init__()
         self.student, self.features = student, features
-        self.__dict__["teacher"] = teacher  # no submodule: it is neither trained nor shared out
+        self.teacher = teacher  # no submodule: it is neither trained nor shared out
         self.text, self.divergence = text, divergence
         self.temperature, self.kl_share = temperature, kl_share
         self.on_policy, self.seed = on_policy, seed
@@ -83,9 +83,7 @@ class Distillation(Objective):
             return len(rows) * (targets.shape[1] - targets.shape[1] // 2)
         return int((targets != IGNORED).sum())
 
-    def _loss(
-        self, x: Tensor, labels: Tensor, written: bool, held: bool, *known: Tensor
-    ) -> Tensor:
+    def _loss(self, x: Tensor, labels: Tensor, written: bool, held: bool, *known: Tensor) -> Tensor:
         logits = self.predictor.logits(x)
         if held:
             return forward_kl(*self.teacher.compare(logits, 1.0, *known)).sum()
@@ -118,7 +116,7 @@ class Distillation(Objective):
 
     @property
     def _vocabulary(self) -> int:
-        return int(self.student.config.get_text_config().vocab_size)
+        return int(self.predictor.model.config.get_text_config().vocab_size)
 
 
 def _device(model: nn.Module) -> Any:

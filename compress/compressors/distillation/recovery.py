@@ -96,12 +96,13 @@ class Recovery(TrainingCompressor):
         return self.samples, self.length
 
     def divergence(self) -> Divergence:
-        return {
+        known: dict[str, Divergence] = {
             "forward": forward_kl,
             "reverse": reverse_kl,
             "skewed": partial(skewed_kl, skew=self.skew),
             "js": partial(jensen_shannon, beta=self.beta),
-        }[self.loss]
+        }
+        return known[self.loss]
 
     def train(self, run: TrainingRun) -> dict[str, Any]:
         run.student.requires_grad_(False)
@@ -177,7 +178,7 @@ class Recovery(TrainingCompressor):
 
 def vectors(run: TrainingRun) -> list[Tensor]:
     """Norms, biases and other vectors of the student that are no part of a stored matrix."""
-    found = []
+    found: list[Tensor] = []
     for name, parameter in run.student.named_parameters():
         owner, _, leaf = name.rpartition(".")
         if parameter.ndim == 1 and parameter.numel() and (leaf == "bias" or owner not in run.all):
@@ -198,4 +199,4 @@ def _recompute(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             forward: Any = partial(checkpoint, module.forward, use_reentrant=False)
-            module.forward = forward  # type: ignore[method-assign]
+            module.forward = forward

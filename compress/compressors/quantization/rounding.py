@@ -37,13 +37,14 @@ class Rounding(nn.Module):
         self.spec = spec
         self.pace = 4 / 2 ** spec["bits"]  # of a finer grid's steps a smaller share is enough
         scale = tensors["weight_scale"].detach().float()
-        codes = unpack_codes(spec, tensors).float()
+        start = codes = unpack_codes(spec, tensors).float()
         zero = None if spec["symmetric"] else zero_points(spec, tensors).float()
-        start = codes
-        fits = W is not None and W.shape == codes.shape
-        if "codes" in trains and fits:
+        if "codes" in trains and W is not None and W.shape == codes.shape:
             zeros = 0.0 if zero is None else self._spread(zero)
             start = codes + (W / self._spread(scale) + zeros - codes).clamp(-INSIDE, INSIDE)
+        self.start: Tensor
+        self.scale: Tensor
+        self.zero: Tensor | None
         for name, tensor in (("start", start), ("scale", scale), ("zero", zero)):
             self.register_buffer(name, tensor, persistent=False)
         self.offset = _moves(codes, "codes" in trains)
@@ -57,22 +58,19 @@ class Rounding(nn.Module):
 
     def codes(self) -> Tensor:
         """In [−2^(b−1), 2^(b−1)); the gradient passes through the rounding."""
-        start = self.get_buffer("start")
         if self.offset is None:
-            return start
-        return self._rounded(start + self.pace * self.offset)
+            return self.start
+        return self._rounded(self.start + self.pace * whole(self.offset))
 
     def scales(self) -> Tensor:
-        scale = self.get_buffer("scale")
         if self.stretch is None:
-            return scale
-        return scale * (1 + SCALE * self.pace * whole(self.stretch))
+            return self.scale
+        return self.scale * (1 + SCALE * self.pace * whole(self.stretch))
 
     def zeros(self) -> Tensor | None:
-        zero: Tensor | None = self._buffers["zero"]
-        if self.shift is None or zero is None:
-            return zero
-        return self._rounded(zero + self.pace * whole(self.shift))
+        if self.shift is None or self.zero is None:
+            return self.zero
+        return self._rounded(self.zero + self.pace * whole(self.shift))
 
     def packed(self, weight: Weight) -> Weight:
         """The weight as it is now, stored as ``weight`` was."""
