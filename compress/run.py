@@ -20,7 +20,7 @@ from compress import calibration, distributed
 from compress.assemble import assemble, take_back
 from compress.blockwise import rounded_inputs, streamed
 from compress.calibration import calibrates, check_text
-from compress.checkpoint import load, load_tokenizer, record
+from compress.checkpoint import fingerprint, load, load_tokenizer, record
 from compress.compressors.base import (
     LayerCompressor,
     StructureCompressor,
@@ -110,7 +110,7 @@ def run(
 
 
 def _help(recipe: Recipe, out: Path) -> Generator[Event, None, dict[str, Any]]:
-    """What processes other than the first do: their share of calibrated stages, and wait."""
+    """What processes other than the first do: their share of what runs the model, and wait."""
     source = Source(recipe.model, untie=recipe.untie)
     work = work_folder(out)
     done = distributed.least(len(recipe.stages))
@@ -123,6 +123,9 @@ def _help(recipe: Recipe, out: Path) -> Generator[Event, None, dict[str, Any]]:
                 yield from transform(number, stage, recipe, model, before, store)
             elif isinstance(stage.compressor, StructureCompressor):
                 yield from restructure(number, stage, recipe, model, before, store)
+            elif isinstance(stage.compressor, TrainingCompressor):
+                torch.manual_seed(recipe.seed * 1000 + number)
+                yield from _train(number, stage, recipe, model, before, store)
             elif calibrates(stage, recipe, model):
                 yield from solve(number, stage, recipe, model, before, store)
             distributed.wait()
@@ -198,9 +201,13 @@ def _train(
     before: Blocks,
     store: Store,
 ) -> Generator[Event, None, dict[str, Any]]:
-    """Assemble the model in memory, train it, and take the blocks back."""
+    """Assemble the model in memory, train it, and take the blocks back.
+
+    Every process does so; the first writes.
+    """
     compressor = stage.compressor
     assert isinstance(compressor, TrainingCompressor)
+    teacher = compressor.teacher or source.folder
     samples, length = compressor.tokens()
     text = calibration.text(recipe, source, samples, length)
     if len(text) < 2:
@@ -214,17 +221,22 @@ def _train(
     student = assemble(source, before, torch.float32)
     training = TrainingRun(
         student=student,
-        teacher=lambda: load(source.folder, dtype=torch.float32),
+        original=lambda: load(source.folder, dtype=torch.float32),
+        teacher=lambda: load(teacher, dtype=torch.float32),
+        teacher_hash=fingerprint(teacher),
         text=text,
         held=max(1, len(text) // 8),
         tokenizer=load_tokenizer(source.folder),
         sites=frozenset(s.name for s in chosen),
         all=frozenset(s.name for s in source.anatomy.sites),
         folder=store.folder,
+        cache=store.folder.parent.parent / ".teacher-cache",
         report=report,
         seed=recipe.seed,
     )
     summary = yield from _in_thread(lambda: compressor.train(training), events)
+    if distributed.rank():
+        return summary
     for i, block in enumerate(source.anatomy.blocks):
         old = before.read(i)
 

@@ -280,23 +280,28 @@ class TrainingRun:
     """What a training compressor works on.
 
     student     the compressed model in memory; compressed sites decode their weight as they run
-    teacher     loads the original model
+    original    loads the model that is compressed, as it was
+    teacher     loads the one to learn from, mostly the same; ``teacher_hash`` says which it is
     text        calibration text, int64 [windows, length] and its bytes
     held        how many of the last windows to keep from training
     tokenizer   of the model
     sites, all  modules that the stage takes, and all modules with a matrix
     folder      where the state of the training goes, so that it can be resumed
+    cache       where what teachers predict is kept for other runs, too
     report      called with (step, steps, numbers) after every step
     """
 
     student: nn.Module
+    original: Callable[[], nn.Module]
     teacher: Callable[[], nn.Module]
+    teacher_hash: str
     text: Windows
     held: int
     tokenizer: Any
     sites: frozenset[str]
     all: frozenset[str]
     folder: Path
+    cache: Path
     report: Callable[[int, int, dict[str, float]], None]
     seed: int = 0
 
@@ -306,6 +311,8 @@ class TrainingCompressor(Compressor, ABC):
 
     accepts: ClassVar[frozenset[str]] = frozenset(Weight.kinds)
     packs: ClassVar[bool] = False
+
+    teacher: str | None = None
 
     def result(self, kind: str) -> str:
         return kind
