@@ -245,7 +245,7 @@ def check_order(
 def _read(recipe: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(recipe, Mapping):
         try:
-            return "recipe", yaml.safe_load(yaml.safe_dump(dict(recipe)))  # a deep copy
+            return "recipe", yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False))  # a copy
         except yaml.YAMLError as error:
             raise RecipeError(f"recipe: only plain values can stand in it ({error})") from error
     path = Path(recipe)
