@@ -203,8 +203,7 @@ class Metric(ABC):
             value=value,
             unit=self.unit,
             versions=versions(),
-            **self.conditions(context),
-            **fields,
+            **{"higher_is_better": self.higher_is_better, **self.conditions(context), **fields},
         )
 
 

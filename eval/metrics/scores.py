@@ -1,4 +1,4 @@
-"""One pass over the windows, from which every quality metric is read."""
+"""One pass over the examples, from which every quality metric is read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CHUNK = 1 << 24  # logits that are float32 at one time, at most
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over the predictions of each window, float64 [windows]; None where not measured.
+    """What each prediction scored, float64 [windows, positions], 0 where nothing is predicted.
 
-    nll    −log p(target) in nats
-    bytes  UTF-8 bytes of the targets
+    count  1 where something is predicted
+    nll    −log p(target) in nats; None where there are no targets, or no original
+    bytes  UTF-8 bytes of the target
     kl     KL(original ‖ checkpoint) in nats
-    agree  predictions whose most likely token is the original's
-    count  predictions
+    agree  1 where the most likely token is the original's
     """
 
     count: Tensor
@@ -72,10 +72,8 @@ def run(
         NotMeasurable: the model's output has no logits that stand for a choice.
         ModelError: the two models choose among different numbers of things.
     """
-    count = len(examples)
-    size = _batch(examples, model, batch)
-    sums = {name: torch.zeros(count, dtype=torch.float64)
-            for name in ("count", "nll", "bytes", "kl", "agree")}  # fmt: skip
+    count, size = len(examples), _batch(examples, model, batch)
+    found: list[dict[str, Tensor]] = []
     for start in range(0, count, size):
         rows = slice(start, start + size)
         logits = _logits(examples, model, rows)
@@ -88,43 +86,40 @@ def run(
                     f"{list(theirs.shape)}; compare with a model of the same vocabulary"
                 )
         for i in range(len(logits)):
-            window = start + i
-            ours, original, targets = logits[i], theirs[i] if reference is not None else None, None
-            if examples.targets is not None and examples.token_bytes is not None:
-                kept = (examples.targets[window] != IGNORED).nonzero()[:, 0]
-                targets = examples.targets[window, kept]
-                sums["bytes"][window] = examples.token_bytes[window, kept].sum()
-                ours = ours[kept.to(ours.device)]
-                original = original[kept.to(ours.device)] if original is not None else None
-            part = _window(ours, targets, original)
-            for name, value in part.items():
-                sums[name][window] = value
-    text, compared = examples.targets is not None, reference is not None
+            targets = None if examples.targets is None else examples.targets[start + i]
+            found.append(_window(logits[i], targets, None if reference is None else theirs[i]))
+    values = {name: torch.stack([window[name] for window in found]) for name in found[0]}
+    counted = values["count"]
+    size_of = examples.token_bytes if examples.targets is not None else None
     return Scores(
-        count=sums["count"],
-        nll=sums["nll"] if text else None,
-        bytes=sums["bytes"] if text else None,
-        kl=sums["kl"] if compared else None,
-        agree=sums["agree"] if compared else None,
+        count=counted,
+        nll=values.get("nll"),
+        bytes=None if size_of is None else size_of * counted,
+        kl=values.get("kl"),
+        agree=values.get("agree"),
     )
 
 
-def _window(logits: Tensor, targets: Tensor | None, theirs: Tensor | None) -> dict[str, float]:
-    """Sums over one window: logits [predictions, choices], of which a few at a time are float32."""
-    sums = {"count": float(len(logits)), "nll": 0.0, "kl": 0.0, "agree": 0.0}
-    step = max(1, CHUNK // logits.shape[-1])
-    for start in range(0, len(logits), step):
-        rows = slice(start, start + step)
-        log_p = logits[rows].float().log_softmax(-1)
+def _window(logits: Tensor, targets: Tensor | None, theirs: Tensor | None) -> dict[str, Tensor]:
+    """Of one window: logits [positions, choices], of which a few at a time are float32."""
+    places = torch.arange(len(logits))
+    if targets is not None:
+        places = (targets != IGNORED).nonzero()[:, 0]
+    names = ["count", *(["nll"] if targets is not None else []),
+             *(["kl", "agree"] if theirs is not None else [])]  # fmt: skip
+    values = {name: torch.zeros(len(logits), dtype=torch.float64) for name in names}
+    values["count"][places] = 1
+    for rows in places.split(max(1, CHUNK // logits.shape[-1])):
+        log_p = logits[rows.to(logits.device)].float().log_softmax(-1)
         if targets is not None:
             chosen = targets[rows].to(log_p.device)
-            sums["nll"] -= log_p.gather(1, chosen[:, None]).double().sum().item()
+            values["nll"][rows] = -log_p.gather(1, chosen[:, None])[:, 0].double().cpu()
         if theirs is not None:
-            log_q = theirs[rows].float().log_softmax(-1)
+            log_q = theirs[rows.to(theirs.device)].float().log_softmax(-1)
             kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-            sums["kl"] += kl.double().sum().item()
-            sums["agree"] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-    return sums
+            values["kl"][rows] = kl.double().cpu()
+            values["agree"][rows] = (log_p.argmax(-1) == log_q.argmax(-1)).double().cpu()
+    return values
 
 
 def _logits(examples: Examples, model: PreTrainedModel, rows: slice) -> Tensor:
