@@ -19,11 +19,34 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from compress.display import explanation, follow, preflight_table, progress, screen, summary
+from compress.arguments import (
+    Data,
+    Folders,
+    Json,
+    Length,
+    Limit,
+    Model,
+    Overwrite,
+    Quiet,
+    Recipes,
+    Samples,
+    Seed,
+    Sets,
+    Tasks,
+    names,
+    overrides,
+)
+from compress.display import (
+    explanation,
+    follow,
+    listing,
+    preflight_table,
+    progress,
+    screen,
+    summary,
+)
 from compress.errors import CompressError, RecipeError, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,22 +60,6 @@ app = typer.Typer(
     help="Compress Hugging Face models from a recipe, check the result, chart quality against size."
     "\n\nBegin with:  [bold]compress run recipes/quickstart.yaml[/]",
 )
-
-Recipes = Annotated[list[Path], typer.Argument(metavar="RECIPE…", help="YAML recipe files.")]
-Folders = Annotated[list[str], typer.Argument(metavar="DIR…", help="Checkpoint folders, or demo.")]
-Model = Annotated[str | None, typer.Option(help="Folder, hub id, or demo; overrides the recipe.")]
-Data = Annotated[
-    str | None, typer.Option(help="demo, a text file or folder, or name:config:split:column.")
-]
-Seed = Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. stages.0.bits=3")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists.")]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of evaluation text.")]
-Length = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.")]
 
 
 @app.command()
@@ -74,10 +81,10 @@ def run(
     """
     from compress import recipe as recipe_files
 
-    overrides = _overrides(model, data, seed, sets)
+    changes = overrides(model, data, seed, sets)
     variants: dict[str, Recipe] = {}
     for path in recipes:
-        for name, recipe in recipe_files.load(path, overrides).items():
+        for name, recipe in recipe_files.load(path, changes).items():
             if name in variants:
                 raise RecipeError(f"two variants are called '{name}'; rename one")
             variants[name] = recipe
@@ -88,6 +95,8 @@ def run(
         folders,
         evaluation.metrics or None,
         quiet,
+        tasks=evaluation.tasks,
+        limit=evaluation.limit,
         data=evaluation.data or None,
         samples=evaluation.samples,
         length=evaluation.length,
@@ -131,7 +140,7 @@ def apply(
     """
     from compress import recipe as recipe_files
 
-    loaded = recipe_files.load_one(recipe, _overrides(model, data, seed, sets))
+    loaded = recipe_files.load_one(recipe, overrides(model, data, seed, sets))
     if dry_run:
         _dry_run(loaded, as_json)
         return
@@ -167,8 +176,10 @@ def evaluate(
     metrics: Annotated[
         str | None, typer.Option(help="Comma-separated; see `compress list`.")
     ] = None,
+    tasks: Tasks = None,
     data: Data = None,
     samples: Samples = 128,
+    limit: Limit = None,
     length: Length = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Sliding windows, this far apart.")
@@ -183,11 +194,14 @@ def evaluate(
 
     [bold]compress eval runs/quickstart/* --metrics nll,size_bytes --json[/]
     """
-    chosen = [m.strip() for m in metrics.split(",") if m.strip()] if metrics else None
+    asked = names(tasks)
+    chosen = names(metrics) if metrics or asked else None
     rows = _evaluate(
         folders,
         chosen,
         quiet or as_json,
+        tasks=asked,
+        limit=limit,
         data=data,
         samples=samples,
         length=length,
@@ -255,12 +269,7 @@ def list_all(as_json: Json = False) -> None:
             package = point.dist.name if point.dist else ""
             print(json.dumps({"kind": kind, "name": name, "package": package}))
         return
-    table = Table("name", "what it does", "from", box=None, header_style="bold", pad_edge=False)
-    for kind, name, point in rows:
-        cls = registry.get(name) if kind == "compressor" else point.load()
-        line = (cls.__doc__ or "").strip().splitlines()[0]
-        table.add_row(name, line, f"{kind}, {point.dist.name if point.dist else '?'}")
-    Console().print(table)
+    listing(rows)
 
 
 @app.command()
@@ -277,24 +286,6 @@ def explain(
         print(json.dumps({"name": name, "doc": cls.__doc__, "parameters": schema}))
         return
     explanation(cls, name)
-
-
-def _overrides(
-    model: str | None, data: str | None, seed: int | None, sets: list[str] | None
-) -> dict[str, Any]:
-    import yaml
-
-    given: dict[str, Any] = {"model": model, "calibration.data": data, "seed": seed}
-    overrides = {key: value for key, value in given.items() if value is not None}
-    for item in sets or []:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {item}: write KEY=VALUE, e.g. stages.0.bits=3")
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {item}: '{value}' is not YAML; quote it") from error
-    return overrides
 
 
 def _dry_run(recipe: Recipe, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,15 @@ def _cell(row: Any) -> str:
         return f"{row.value:,.0f}"
     value = f"{row.value:,.0f}" if abs(row.value) >= 1000 else f"{row.value:.4g}"
     return value if row.stderr is None else f"{row.value:.4f} ± {row.stderr:.4f}"
+
+
+def listing(rows: list[tuple[str, str, EntryPoint]]) -> None:
+    """Kind, name and entry point of every compressor and metric, a line each."""
+    table = Table("name", "what it does", "from", box=None, header_style="bold", pad_edge=False)
+    for kind, name, point in rows:
+        line = (point.load().__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, line, f"{kind}, {point.dist.name if point.dist else '?'}")
+    Console().print(table)
 
 
 def bounds(field: dict[str, Any]) -> str:

@@ -38,6 +38,10 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     metrics: list[str] = Field(default_factory=list, description="empty: all that apply")
+    tasks: list[str] = Field(
+        default_factory=list, description="of lm-evaluation-harness: names or YAML files"
+    )
+    limit: int | None = Field(None, ge=2, description="questions of a task, at most")
     data: str = Field("", description="the calibration data's evaluation part, unless given")
     samples: int = Field(128, ge=1, description="windows of text")
     length: int | None = Field(None, ge=8, description="tokens in a window")

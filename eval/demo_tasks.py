@@ -1,7 +1,8 @@
 """Three small tasks for models of Python, made from the demo text that no model was fitted to.
 
 Every document of the evaluation part of ``data: demo`` gives at most one question to a task, so
-that questions are independent, and always the same one: what is drawn is seeded by its key.
+that questions are independent, and always the same one: what is drawn is seeded by its key. The
+library repeats itself; a question that calibration text answers word by word is left out.
 
     demo_completion    which of four lines of a file comes next
     demo_brackets      which bracket closes the innermost one that is open
@@ -28,10 +29,11 @@ import yaml
 
 from compress.data import Document, documents
 
-LINES, LETTERS = 12, 600  # of context before a question, at most
+LINES, LETTERS = 12, 400  # of context before a question, at most
 SHORTEST = 16  # letters of a line that is asked for
 LONG_NAME = 5  # letters of an identifier that is asked for
-READ = 20_000  # letters of a file in which brackets and identifiers are looked for
+READ = 10_000  # letters of a file in which brackets and identifiers are looked for
+TELLING = 60  # letters of context that, with the answer, calibration text must not hold
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 Question = dict[str, Any]
@@ -61,7 +63,7 @@ def questions(name: str) -> list[Question]:
     for document in documents("demo", "evaluation"):
         draw = random.Random(f"{name} {document.key}")
         asked = ask(document, draw)
-        if asked is not None:
+        if asked is not None and not _is_calibration(asked[0][-TELLING:] + asked[1]):
             context, right, wrong = asked
             choices = [right, *wrong]
             draw.shuffle(choices)
@@ -82,6 +84,15 @@ def write(folder: Path) -> list[Path]:
         written.append(folder / f"{name}.yaml")
         written[-1].write_text(yaml.safe_dump(configuration(name) | source, sort_keys=False))
     return written
+
+
+@cache
+def _calibration() -> str:
+    return "\0".join(document.read() for document in documents("demo", "calibration"))
+
+
+def _is_calibration(text: str) -> bool:
+    return text in _calibration()
 
 
 Asked = tuple[str, str, list[str]] | None  # context, the right choice, the wrong ones

@@ -19,7 +19,7 @@ from markupsafe import Markup
 
 from compress.errors import CheckpointError, DataError
 from eval import chart
-from eval.compare import BETTER, HIGHER_IS_BETTER, SAME
+from eval.compare import BETTER, SAME, is_higher_better
 from eval.layers import layers
 from eval.measured import Measured, read_checkpoint, with_unique_names
 from eval.table import Gap, columns, gap, plus_minus, share
@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric in HIGHER_IS_BETTER
+        return is_higher_better(self.reference.results[self.metric])
 
     @property
     def unit(self) -> str:
@@ -136,7 +136,7 @@ def _compare(folders: list[Path], baseline: Path | None, metric: str | None) -> 
                 f"{baseline}: the baseline has no {chosen}; run `compress eval {baseline}` first"
             )
     else:
-        sign = -1 if chosen in HIGHER_IS_BETTER else 1
+        sign = -1 if is_higher_better(measured[0].results[chosen]) else 1
         best = min(measured, key=lambda row: sign * (row.value(chosen) or 0.0))
         reference = next((row for row in measured if row.is_original), best)
     gaps, missing = {}, []
@@ -261,7 +261,7 @@ def _deck(comparison: Comparison) -> str:
     text = f"The difference is {found.text} {comparison.unit}"
     if found.interval:
         low, high = (plus_minus(end, found.stderr).split(" ±")[0] for end in found.interval)
-        text += f", paired over {found.windows} windows of text (95% interval {low} to {high})"
+        text += f" (paired, 95% interval {low} to {high}): {found.words}"
     agreement = row.value("top1_agreement")
     if agreement is not None:
         text += f"; the most likely next token is the same {share(agreement)} of the time"

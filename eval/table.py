@@ -21,7 +21,8 @@ class Gap:
     stderr: float
     verdict: str = ""
     interval: tuple[float, float] | None = None
-    windows: int = 0
+    words: str = ""
+    """The verdict in a sentence, with the sample size and the one that would settle it."""
 
     @property
     def text(self) -> str:
@@ -78,7 +79,7 @@ def gap(row: Result, reference: Result) -> Gap:
     if row.samples and reference.samples:
         found = paired(row, reference)
         interval = (found.low, found.high)
-        return Gap(found.mean, found.stderr, found.verdict, interval, found.windows)
+        return Gap(found.mean, found.stderr, found.verdict, interval, found.words)
     if row.data.get("hash") != reference.data.get("hash"):
         raise DataError(f"{row.checkpoint}: {row.metric} was measured on other text")
     if row.value is None or reference.value is None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 
 from compress.errors import PluginError, RecipeError, did_you_mean
+from eval.metrics import tasks
 from eval.metrics.base import Metric
 from eval.metrics.huggingface import PREFIX, HuggingFaceMetric
 
@@ -47,7 +48,8 @@ def available() -> dict[str, EntryPoint]:
 
 
 def get(name: str) -> Metric:
-    """The metric called ``name``, or ``evaluate:NAME`` of the Hugging Face library.
+    """The metric called ``name``, ``evaluate:NAME`` of the Hugging Face library, or ``task:NAME``
+    of lm-evaluation-harness.
 
     Raises:
         RecipeError: no metric has this name.
@@ -55,6 +57,8 @@ def get(name: str) -> Metric:
     """
     if name.startswith(PREFIX):
         return HuggingFaceMetric(name)
+    if name.startswith(tasks.PREFIX):
+        return tasks.HarnessTask(name)
     known = available()
     if name not in known:
         raise RecipeError(f"no metric is called '{name}'{did_you_mean(name, known)}")

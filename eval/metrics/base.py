@@ -30,6 +30,7 @@ class Settings:
     """How to measure: shared by all metrics of one run.
 
     samples  windows of evaluation text
+    limit    examples of a task or a data set; None is all
     length   tokens of a window; None is 256, or what the model takes if that is less
     stride   None: windows do not overlap. s < length: windows start s tokens apart, and each
              predicts only its last s tokens, the rest being context
@@ -39,6 +40,7 @@ class Settings:
     """
 
     samples: int = 128
+    limit: int | None = None
     length: int | None = None
     stride: int | None = None
     batch: int = 16
