@@ -28,12 +28,30 @@ Limit = Annotated[int | None, typer.Option(min=2, help="Questions or examples, a
 Tasks = Annotated[
     str | None, typer.Option(help="Of lm-evaluation-harness: names or YAML files, with commas.")
 ]
+Dataset = Annotated[
+    str | None, typer.Option(help="Rows with labels: a file, a folder, or name:config:split.")
+]
+Columns = Annotated[
+    str | None, typer.Option(metavar="ROLE=NAME,…", help="Of the data set: text, image, label.")
+]
 Length = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.")]
 
 
 def names(commas: str | None) -> list[str]:
     """``"a, b"`` → ``["a", "b"]``."""
     return [name.strip() for name in (commas or "").split(",") if name.strip()]
+
+
+def pairs(commas: str | None, option: str) -> dict[str, str]:
+    """``"a=b, c=d"`` → ``{"a": "b", "c": "d"}``.
+
+    Raises:
+        RecipeError: something between the commas is not KEY=VALUE.
+    """
+    found = dict(item.partition("=")[::2] for item in names(commas))
+    if not all(found.values()):
+        raise RecipeError(f"{option} {commas}: write KEY=VALUE, with commas between")
+    return found
 
 
 def overrides(

@@ -22,7 +22,9 @@ import typer
 from rich.markup import escape
 
 from compress.arguments import (
+    Columns,
     Data,
+    Dataset,
     Folders,
     Json,
     Length,
@@ -37,6 +39,7 @@ from compress.arguments import (
     Tasks,
     names,
     overrides,
+    pairs,
 )
 from compress.display import (
     explanation,
@@ -96,6 +99,8 @@ def run(
         evaluation.metrics or None,
         quiet,
         tasks=evaluation.tasks,
+        dataset=evaluation.dataset or None,
+        columns=evaluation.columns,
         limit=evaluation.limit,
         data=evaluation.data or None,
         samples=evaluation.samples,
@@ -178,6 +183,8 @@ def evaluate(
     ] = None,
     tasks: Tasks = None,
     data: Data = None,
+    dataset: Dataset = None,
+    columns: Columns = None,
     samples: Samples = 128,
     limit: Limit = None,
     length: Length = None,
@@ -201,6 +208,8 @@ def evaluate(
         chosen,
         quiet or as_json,
         tasks=asked,
+        dataset=dataset,
+        columns=pairs(columns, "--columns"),
         limit=limit,
         data=data,
         samples=samples,

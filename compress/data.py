@@ -174,7 +174,7 @@ def _file_documents(path: Path) -> list[Document]:
     if path.suffix in (".json", ".jsonl", ".parquet"):
         kind = "parquet" if path.suffix == ".parquet" else "json"
         try:
-            rows = _load_dataset(kind, data_files=str(path), split="train")
+            rows = load_dataset(kind, data_files=str(path), split="train")
         except Exception as error:
             raise DataError(f"{path}: not readable as {kind} ({_first_line(error)})") from error
         column = _text_column(rows.column_names, str(path))
@@ -192,7 +192,7 @@ def _row_document(row: dict[str, Any], column: str) -> Document:
 def _hub_documents(source: str) -> Iterator[Document]:
     name, config, split, column = (*source.split(":"), "", "", "")[:4]
     try:
-        rows = _load_dataset(name, config or None, split=split or "train", streaming=True)
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
         column = column or _text_column(list(next(iter(rows))), source)
     except DataError:
         raise
@@ -204,7 +204,7 @@ def _hub_documents(source: str) -> Iterator[Document]:
     return (_row_document(row, column) for row in rows)
 
 
-def _load_dataset(*arguments: Any, **options: Any) -> Any:
+def load_dataset(*arguments: Any, **options: Any) -> Any:
     """``datasets.load_dataset`` without its bars and log lines; errors come as exceptions."""
     import datasets
 

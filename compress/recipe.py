@@ -41,7 +41,11 @@ class Evaluation(BaseModel):
     tasks: list[str] = Field(
         default_factory=list, description="of lm-evaluation-harness: names or YAML files"
     )
-    limit: int | None = Field(None, ge=2, description="questions of a task, at most")
+    dataset: str = Field("", description="rows with labels: a file, a folder, name:config:split")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="role (text, text_pair, image, label) → its column"
+    )
+    limit: int | None = Field(None, ge=2, description="questions or rows, at most")
     data: str = Field("", description="the calibration data's evaluation part, unless given")
     samples: int = Field(128, ge=1, description="windows of text")
     length: int | None = Field(None, ge=8, description="tokens in a window")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from eval.results import Result
 
@@ -25,15 +26,20 @@ def update(folder: Path, rows: list[Result]) -> None:
             error = "" if row.stderr is None else f" ± {row.stderr:.2g}"
             value = f"{row.value:,.0f}" if abs(row.value) >= 1e5 else f"{row.value:.5g}"
             table.append(f"| {row.metric} | {value}{error} | {row.unit} |")
-    text = next((row.data for row in rows if row.data), {})
-    if text:
-        table += [
-            "",
-            f"On {text['windows']} windows of {text['length']} tokens of `{text['name']}` "
-            f"({text['part']}, hash `{text['hash']}`).",
-        ]
+    texts = {row.data["hash"]: _described(row.data) for row in rows if "hash" in row.data}
+    if texts:
+        table += ["", *(f"Measured on {text}.  " for text in texts.values())]
     draft = path.with_suffix(".tmp")
     draft.write_text(
         before.rstrip() + "\n\n" + "\n".join([BEGIN, *table, END]) + "\n" + after.lstrip("\n")
     )
     draft.replace(path)
+
+
+def _described(data: dict[str, Any]) -> str:
+    """One line about a text, a data set or a task."""
+    size = f"{data.get('examples')} examples"
+    if "windows" in data:
+        size = f"{data['windows']} windows of {data['length']} tokens"
+    part = f"{data['part']}, " if "part" in data else ""
+    return f"{size} of `{data['name']}` ({part}hash `{data['hash']}`)"

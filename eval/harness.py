@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -46,6 +46,8 @@ def evaluate(
     tasks: Sequence[str] = (),
     samples: int = 128,
     limit: int | None = None,
+    dataset: str | None = None,
+    columns: Mapping[str, str] | None = None,
     length: int | None = None,
     stride: int | None = None,
     seed: int = 0,
@@ -63,6 +65,8 @@ def evaluate(
     data      name of the text (compress/data.py); None is what the folders' recipes say
     tasks     of lm-evaluation-harness (eval/metrics/tasks.py); they stand for metrics ``task:…``
     limit     questions of a task or examples of a data set, at most; None is all
+    dataset   rows with labels, for models that do not predict text (eval/labelled.py)
+    columns   role → column of the data set, where its name does not say it
     length    tokens of a window; None is 256, or what the model takes if that is less
     stride    tokens between the starts of overlapping windows; None: they do not overlap
     baseline  the original to compare with; None is what each folder says it was made from
@@ -84,9 +88,14 @@ def evaluate(
 
     originals, notices = _originals(folders, baseline)
     yield from notices
-    if data is None and any(metric.needs_data for metric in chosen):
+    if metrics is None and dataset is not None:
+        chosen.insert(0, get("accuracy"))
+    if data is None and dataset is None and any(metric.needs_data for metric in chosen):
         data = _data(folders, originals)
-    settings = Settings(samples=samples, limit=limit, length=length, stride=stride, seed=seed)
+    settings = Settings(
+        samples=samples, limit=limit, length=length, stride=stride, seed=seed, dataset=dataset,
+        columns=columns or {},
+    )  # fmt: skip
     load_original = functools.lru_cache(maxsize=1)(load_model)
     shared: dict[Any, Any] = {}
     done, total = 0, len(folders) * len(chosen)

@@ -22,11 +22,18 @@ FAMILIES = {
     "quality": ("nll", "perplexity", "bits_per_byte", "kl", "top1_agreement"),
     "size": ("size_bytes", "bits_per_param"),
     "memory": ("peak_memory",),
+    "embedding": ("embedding_cosine", "embedding_neighbours"),
     "speed": ("prefill_tokens_per_s", "decode_tokens_per_s"),
 }
 """Names that stand for several metrics, for short recipes: ``evaluate: [perplexity, size]``."""
 
-DEFAULT = (*(name for names in FAMILIES.values() for name in names), "generation")
+BY_NAME = ("embedding",)
+"""Families that are measured only when they are named."""
+
+DEFAULT = (
+    *(name for family, names in FAMILIES.items() if family not in BY_NAME for name in names),
+    "generation",
+)
 """What is measured when nobody says what to measure."""
 
 

@@ -35,16 +35,17 @@ class Labels:
 
 
 def labels(context: Context) -> dict[str, Labels]:
-    """The columns of the evaluation text: how often a token occurs, how many tokens stand before
-    it, and whatever the source says of its documents. Empty for models without targets."""
+    """The columns of a data set; or of text how often a token occurs, how many tokens stand before
+    it, and whatever the source says of its documents. Empty for text without targets."""
     if "labels" not in context.cache:
-        context.cache["labels"] = _of_text(context)
+        found = of_examples(context.labelled.columns) if context.reads_dataset else None
+        context.cache["labels"] = _of_text(context) if found is None else found
     return context.cache["labels"]
 
 
 def documents(context: Context) -> list[int]:
     """Of each example, the document that most of its predictions are from; empty if not known."""
-    owners = _owners(context)
+    owners = None if context.reads_dataset else _owners(context)
     return [] if owners is None else torch.mode(owners, 1).values.tolist()
 
 
@@ -98,6 +99,14 @@ def of_rows(rows: Sequence[Mapping[str, Any]], owners: Tensor, kept: Tensor) -> 
         if len(labelled.names) > 1:
             found[column] = labelled
     return found
+
+
+def of_examples(rows: Sequence[Mapping[str, Any]]) -> dict[str, Labels]:
+    """Columns of a table with a row for each example, which has one prediction; what is no single
+    word or number is left out."""
+    single = [{k: v for k, v in row.items() if isinstance(v, str | int | float)} for row in rows]
+    numbers = torch.arange(len(rows))[:, None]
+    return of_rows(single, numbers, torch.ones_like(numbers).bool())
 
 
 def _words(values: Sequence[str], owners: Tensor, kept: Tensor) -> Labels:

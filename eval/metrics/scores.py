@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from compress.errors import ModelError, NotMeasurable
 from compress.objective import IGNORED, Examples
+from eval.labelled import Padded
 from eval.metrics.base import ANY_MODEL, Context
 from eval.metrics.examples import from_context
 
@@ -72,14 +73,14 @@ def run(
         NotMeasurable: the model's output has no logits that stand for a choice.
         ModelError: the two models choose among different numbers of things.
     """
-    count, size = len(examples), _batch(examples, model, batch)
+    count, size = len(examples), batch_size(examples, model, batch)
     found: list[dict[str, Tensor]] = []
     for start in range(0, count, size):
         rows = slice(start, start + size)
-        logits = _logits(examples, model, rows)
+        logits = class_logits(examples, model, rows)
         theirs = logits
         if reference is not None and reference is not model:
-            theirs = _logits(examples, reference, rows)
+            theirs = class_logits(examples, reference, rows)
             if theirs.shape != logits.shape:
                 raise ModelError(
                     f"the checkpoint's logits are {list(logits.shape)}, the original's are "
@@ -122,7 +123,7 @@ def _window(logits: Tensor, targets: Tensor | None, theirs: Tensor | None) -> di
     return values
 
 
-def _logits(examples: Examples, model: PreTrainedModel, rows: slice) -> Tensor:
+def class_logits(examples: Examples, model: PreTrainedModel, rows: slice) -> Tensor:
     """[windows, positions, choices]; a model with one answer for a window has one position."""
     logits = getattr(examples.call(model, rows), "logits", None)
     name = type(model).__name__
@@ -133,11 +134,14 @@ def _logits(examples: Examples, model: PreTrainedModel, rows: slice) -> Tensor:
             f"{name} gives a score, not a choice among tokens or classes; "
             f"it can be measured by {ANY_MODEL}"
         )
+    if logits.dim() > 2 and isinstance(examples, Padded):
+        raise NotMeasurable(f"{name} chooses for every token, not once for a row")
     return logits[:, None] if logits.dim() == 2 else logits
 
 
-def _batch(examples: Examples, model: PreTrainedModel, wanted: int) -> int:
-    if examples.targets is None:
-        return 1  # decoders that classify refuse batches when they have no padding token
+def batch_size(examples: Examples, model: PreTrainedModel, wanted: int) -> int:
+    if examples.targets is None:  # decoders that classify without a padding token refuse batches
+        reads_text = model.main_input_name == "input_ids"
+        return 1 if reads_text and model.config.pad_token_id is None else wanted
     vocabulary = model.config.get_text_config().vocab_size
     return max(1, min(wanted, LOGITS // (examples.targets.shape[1] * vocabulary)))

@@ -22,7 +22,7 @@ from compress.errors import DataError, NotMeasurable, PluginError, RecipeError, 
 from compress.objective import family
 from eval import demo_tasks
 from eval.metrics.base import Context, Metric
-from eval.metrics.columns import of_rows, parts
+from eval.metrics.columns import of_examples, parts
 from eval.metrics.scores import LOGITS
 from eval.results import Result
 
@@ -218,11 +218,8 @@ def _examples(answers: Mapping[str, Any], metric: str) -> tuple[list[Any], list[
 def _slices(docs: list[Any], scores: list[float]) -> Any:
     if not docs:
         return {}
-    rows = [{k: v for k, v in doc.items() if isinstance(v, str | int | float)} for doc in docs]
-    numbers = torch.arange(len(rows))[:, None]
-    every = torch.ones_like(numbers).bool()
     values = torch.tensor(scores, dtype=torch.float64)[:, None]
-    return parts(of_rows(rows, numbers, every), values, torch.ones_like(values))
+    return parts(of_examples(docs), values, torch.ones_like(values))
 
 
 @contextlib.contextmanager
