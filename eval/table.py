@@ -136,7 +136,8 @@ def columns(
         column("relative_error", "Max error", "largest relative output error of a layer", error),
     ]  # fmt: skip
     taken = {column.key for column in known} | {"size_bytes"}
-    others = {m: r.unit for row in rows for m, r in row.results.items() if m not in taken}
+    others = {m: r.unit for row in rows for m, r in row.results.items()
+              if m not in taken and not r.samples}  # fmt: skip  # tasks have a section of their own
     for name, unit in others.items():
         known.append(of(name, name, unit, bytes_text if unit == "bytes" else number))
     return [column for column in known if any(cell.text for cell in column.cells)]
