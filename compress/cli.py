@@ -42,15 +42,16 @@ from compress.arguments import (
     pairs,
 )
 from compress.display import (
+    dry_run_table,
     explanation,
     follow,
     listing,
-    preflight_table,
     progress,
     screen,
     summary,
 )
 from compress.errors import CompressError, RecipeError, did_you_mean
+from compress.hub import push
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -147,7 +148,7 @@ def apply(
 
     loaded = recipe_files.load_one(recipe, overrides(model, data, seed, sets))
     if dry_run:
-        _dry_run(loaded, as_json)
+        dry_run_table(loaded, as_json)
         return
     if out is None:
         raise RecipeError("--out DIR is missing: where should the checkpoint go?")
@@ -231,15 +232,16 @@ def report(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="An .html file.")] = Path("report.html"),
     baseline: Annotated[Path | None, typer.Option(help="The folder to compare with.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What the chart shows; nll if known.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw evaluated checkpoints: an HTML page, the same in Markdown, and the chart as PNG.
+    """Draw evaluated checkpoints: an HTML page, the same as Markdown and CSV, the chart as PNG.
 
     [bold]compress report runs/quickstart/*/ --out report.html[/]
     """
     from eval.report import write_report
 
-    written = write_report([Path(f) for f in folders], out, baseline=baseline)
+    written = write_report([Path(f) for f in folders], out, baseline=baseline, metric=metric)
     if not quiet:
         for path in written:
             screen.print(path)
@@ -297,22 +299,6 @@ def explain(
     explanation(cls, name)
 
 
-def _dry_run(recipe: Recipe, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from compress.calibration import check_text
-    from compress.preflight import preflight
-    from compress.source import Source
-
-    source = Source(recipe.model, untie=recipe.untie)
-    plan = preflight(recipe, source)
-    check_text(recipe, source)
-    if as_json:
-        print(json.dumps(asdict(plan)))
-        return
-    preflight_table(plan)
-
-
 def _compress_all(variants: dict[str, Recipe], out: Path, quiet: bool) -> list[str]:
     """One checkpoint folder a variant; those that are there already are kept."""
     from compress import run as runs
@@ -367,6 +353,9 @@ def _evaluate(
     return rows
 
 
+app.command()(push)
+
+
 def main() -> None:
     """Entry point: CompressError becomes one line and its exit code."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -392,7 +381,7 @@ def main() -> None:
         raise
 
 
-COMMANDS = ("run", "apply", "eval", "report", "verify", "list", "explain")
+COMMANDS = ("run", "apply", "eval", "report", "verify", "push", "list", "explain")
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
@@ -17,6 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from compress.compressors.base import Compressor
     from compress.preflight import Preflight
+    from compress.recipe import Recipe
 
 screen = Console(stderr=True, highlight=False)
 SHOWN = ("size_bytes", "nll", "kl", "top1_agreement", "decode_tokens_per_s")
@@ -166,3 +168,20 @@ def preflight_table(plan: Preflight) -> None:
         f"needs  about {size(plan.memory)} of memory beyond the program's own, and "
         f"{size(plan.disk)} of disk while it works"
     )
+
+
+def dry_run_table(recipe: Recipe, as_json: bool) -> None:
+    """What ``compress apply --dry-run`` finds, as a table or as one JSON object."""
+    from dataclasses import asdict
+
+    from compress.calibration import check_text
+    from compress.preflight import preflight
+    from compress.source import Source
+
+    source = Source(recipe.model, untie=recipe.untie)
+    plan = preflight(recipe, source)
+    check_text(recipe, source)
+    if as_json:
+        print(json.dumps(asdict(plan)))
+        return
+    preflight_table(plan)

@@ -57,7 +57,8 @@ def _task_cell(result: Result | None, reference: Result | None) -> Cell:
     if reference is not None and reference is not result:
         try:
             found = paired(result, reference)
-            note = f"{plus_minus(found.mean, found.stderr)}, {short(found)}"
+            mean = plus_minus(found.mean, found.stderr) if found.mean else "0"
+            note = f"{mean}, {short(found)}"
         except DataError:
             note = "on other data"
     return Cell(text, result.value, note)

@@ -24,7 +24,7 @@ LAYERS = (
     "problem", "store", "data", "objective", "training", "compressors", "registry", "recipe",
     "source", "blockwise", "assemble", "formats", "checkpoint", "calibration", "sensitivity",
     "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring", "heads",
-    "rotation", "transform", "run", "api", "testing", "arguments", "display", "cli",
+    "rotation", "transform", "run", "api", "testing", "arguments", "display", "hub", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 
