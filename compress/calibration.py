@@ -13,20 +13,22 @@ from compress.checkpoint import load_tokenizer
 from compress.compressors.base import (
     CalibratedCompressor,
     ScalingCompressor,
+    StructureCompressor,
     TrainingCompressor,
 )
 from compress.data import Windows, windows
 from compress.errors import DataError, ModelError, NotMeasurable
 from compress.objective import examples, family, window_length
 from compress.recipe import Recipe, Stage
-from compress.source import Source
+from compress.source import Source, read_config, resolve
 
 TOKENS = 4096  # in one forward pass
+READERS = (CalibratedCompressor, ScalingCompressor, StructureCompressor)  # they look at activations
 
 
 def calibrates(stage: Stage, recipe: Recipe, source: Source) -> bool:
     """Whether a stage runs the model on text: it would, there is some, and the model reads it."""
-    if not isinstance(stage.compressor, (CalibratedCompressor, ScalingCompressor)):
+    if not isinstance(stage.compressor, READERS):
         return False
     try:
         family(source.skeleton)
@@ -87,7 +89,9 @@ def check_text(recipe: Recipe, source: Source) -> None:
                 name = source.model_class.__name__
                 raise ModelError(f"{stage.use} trains on text, which {name} does not predict")
             wanted: tuple[int, int | None] = compressor.tokens()
-        elif isinstance(compressor, (CalibratedCompressor, ScalingCompressor)):
+            if compressor.teacher and recipe.data:
+                check_teacher(compressor.teacher, recipe, source, wanted[1])
+        elif isinstance(compressor, READERS):
             if not compressor.needs_text and not calibrates(stage, recipe, source):
                 continue
             family(source.skeleton)
@@ -99,3 +103,28 @@ def check_text(recipe: Recipe, source: Source) -> None:
                 f"{stage.use} needs text: set calibration.data in the recipe, or --data"
             )
         text(recipe, source, min(wanted[0], 2), wanted[1])
+
+
+def check_teacher(teacher: str, recipe: Recipe, source: Source, length: int | None) -> None:
+    """What another model says of tokens can be learnt only if it means the same tokens.
+
+    Raises:
+        ModelError: it is no model folder, or reads the text as other tokens. DataError: longer
+        windows than it takes.
+    """
+    folder = resolve(teacher)
+    ours = text(recipe, source, 2, length)
+    own, theirs = load_tokenizer(source.folder), load_tokenizer(folder)
+    window_length(read_config(folder).to_dict(), length)
+    same = own is not None and theirs is not None and own.get_vocab() == theirs.get_vocab()
+    if same:
+        read = windows(
+            recipe.data, theirs, part="calibration", samples=2, length=ours.tokens.shape[1],
+            seed=recipe.seed,
+        )  # fmt: skip
+        same = read.hash == ours.hash
+    if not same:
+        raise ModelError(
+            f"teacher {teacher} reads text as other tokens than {source.name}; distillation of "
+            "predictions needs one tokenizer for both: choose a teacher of the same family"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -127,6 +128,17 @@ def load_tokenizer(path: str | Path) -> Any | None:
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{folder}: the tokenizer does not load: {_last(error)}") from error
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 over config and tensors of a model folder, 16 hex digits."""
+    folder = resolve(path)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()[:16]
 
 
 def record(path: str | Path) -> dict[str, Any]:

@@ -1,37 +1,68 @@
 """The one training loop: AdamW, warm-up and cosine decay, clipping, early stop, resume.
 
-It runs on accelerate, so a launcher decides devices and processes. The order of the text depends
-on the seed and the step alone and every tensor of the state is saved, so a run that was killed and
-resumed ends with the same bytes as one that was not.
+It runs on accelerate, so a launcher decides devices and processes. A step's text depends on the
+seed and the step alone, losses are summed over the tokens of the whole step, and every tensor of
+the state is saved: so a run that was killed and resumed ends with the same bytes as one that was
+not, and several processes, or a step taken in pieces, give the same loss curve as one.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from compress import distributed, sharded
+from compress.errors import RecipeError
+from compress.sharded import like, whole
 from compress.store import SafetensorsWriter
 
 STATE = "training.safetensors"
-Loss = Callable[[nn.Module, Tensor], Tensor]
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Report: TypeAlias = Callable[[int, int, dict[str, float]], None]
+
+
+class Objective(nn.Module, ABC):
+    """What training lowers: a module, so that whatever runs, runs inside what a launcher wraps.
+
+    Those of its parameters that require a gradient are trained.
+    """
+
+    @abstractmethod
+    def forward(self, rows: Tensor, step: int | None) -> Tensor:
+        """The loss of these windows, nats summed over all tokens that count.
+
+        ``rows`` is a part of what ``Trainer.fit`` was given. Without a step: the held-out loss.
+        """
+
+    def count(self, rows: Tensor, step: int | None) -> int:
+        """How many tokens count."""
+        return len(rows)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast. ``patience`` checks without a better held-out loss end the run."""
+    """How long and how fast. ``patience`` checks without a better held-out loss end the run.
+
+    A step takes ``batch`` windows over all processes; each takes its share in ``accumulate``
+    pieces, one in memory at a time.
+    """
 
     steps: int
     learning_rate: float
     batch: int
+    accumulate: int = 1
     warmup: float = 0.05
     clip: float = 1.0
     weight_decay: float = 0.0
@@ -47,72 +78,151 @@ class Schedule:
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def fit(
-    model: nn.Module,
-    trained: Sequence[Tensor],
-    loss: Loss,
-    held_loss: Loss,
-    *,
-    train: Tensor,
-    held: Tensor,
-    schedule: Schedule,
-    seed: int,
-    folder: Path,
-    report: Callable[[int, int, dict[str, float]], None],
-) -> dict[str, Any]:
-    """Train the parameters ``trained`` of ``model`` and leave the best held-out ones in place.
+class Trainer:
+    """Trains an objective, and keeps it ready to be asked for its held-out loss.
 
-    ``train`` and ``held`` are int64 and are cut into batches along their first dimension: windows
-    of tokens, or their numbers. Both losses return a scalar, nats a token.
-    Returns steps taken, the best step, and the held-out loss before, best and last.
+    ``report`` is called after every step with its number, how many there are, and numbers: loss,
+    tokens a second (of windows of ``length`` tokens), seconds left, and at a check held.
     """
-    accelerator = Accelerator(mixed_precision="bf16" if _has_bf16() else "no")
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=schedule.weight_decay)
-    model, optimizer = accelerator.prepare(model, optimizer)
 
-    def check() -> float:
+    def __init__(
+        self,
+        objective: Objective,
+        schedule: Schedule,
+        *,
+        seed: int,
+        folder: Path,
+        report: Report,
+        precision: Precision = "auto",
+        length: int = 1,
+    ) -> None:
+        self.objective, self.schedule, self.seed, self.length = objective, schedule, seed, length
+        self.report, self.processes = report, distributed.size()
+        options = DistributedDataParallelKwargs(
+            broadcast_buffers=False, find_unused_parameters=True
+        )
+        self.accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision="no",
+            kwargs_handlers=[options],
+        )
+        self.half = precision == "bfloat16" or (precision == "auto" and _has_bf16())
+        self.model: Any
+        if sharded.wanted():
+            self.model = sharded.shard(objective.to(self.accelerator.device))
+        else:
+            self.model = self.accelerator.prepare_model(objective)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=schedule.weight_decay)
+        self.progress = _Progress(folder / STATE, self.trained, self.optimizer)
+
+    def fit(self, train: Tensor, held: Tensor) -> dict[str, Any]:
+        """Train, and leave the best held-out parameters in place.
+
+        ``train`` and ``held`` are int64 and are cut into batches along their first dimension:
+        windows of tokens, or their numbers. Returns steps taken, the best step, the held-out loss
+        before, best and last, and the curve.
+
+        Raises:
+            RecipeError: a batch of fewer windows than processes and pieces.
+        """
+        schedule, progress = self.schedule, self.progress
+        pieces = self.processes * schedule.accumulate
+        if min(schedule.batch, len(train)) < pieces:
+            raise RecipeError(
+                f"a batch of {min(schedule.batch, len(train))} windows cannot be shared by "
+                f"{self.processes} processes in {schedule.accumulate} pieces each; raise batch or "
+                "lower accumulate"
+            )
+        if not progress.resume():
+            progress.start(self.check(held))
+        first, start = progress.step, time.monotonic()
+        while progress.step < schedule.steps and progress.waited < schedule.patience:
+            rows = train[_batch(progress.step, len(train), schedule.batch, self.seed)]
+            loss = self._step(rows, progress.step)
+            progress.step += 1
+            progress.seen.append(loss)
+            numbers = {"loss": loss}
+            if progress.step % schedule.check_every == 0 or progress.step == schedule.steps:
+                progress.checked(self.check(held))
+                numbers["held"] = progress.last
+            done, seconds = progress.step - first, time.monotonic() - start
+            numbers["tokens_per_s"] = done * len(rows) * self.length / max(seconds, 1e-9)
+            numbers["seconds_left"] = (schedule.steps - progress.step) * seconds / done
+            self.report(progress.step, schedule.steps, numbers)
+        progress.restore_best()
+        return progress.summary()
+
+    def check(self, held: Tensor) -> float:
+        """The held-out loss, nats a token."""
+        sums = torch.zeros(2, dtype=torch.float64)
         with torch.no_grad():
-            losses = [held_loss(model, b).item() * len(b) for b in held.split(schedule.batch)]
-        return sum(losses) / len(held)
+            for rows in held.split(max(self.processes, self.schedule.batch)):
+                mine = rows.tensor_split(self.processes)[distributed.rank()]
+                asked = mine if len(mine) else rows[:1]  # all processes run, whether there is work
+                with self._autocast():
+                    value = self.model(asked, None)
+                if len(mine):
+                    sums += torch.tensor([value.item(), self.objective.count(mine, None)])
+        total, count = distributed.total(sums).tolist()
+        return total / count
 
-    progress = _Progress(folder / STATE, list(trained), optimizer)
-    if not progress.resume():
-        progress.start(check())
-    while progress.step < schedule.steps and progress.waited < schedule.patience:
-        for group in optimizer.param_groups:
-            group["lr"] = schedule.rate(progress.step)
-        batch = train[_batch(progress.step, len(train), schedule.batch, seed)]
-        with accelerator.autocast():
-            value = loss(model, batch)
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(trained, schedule.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.step += 1
-        numbers = {"loss": value.item()}
-        if progress.step % schedule.check_every == 0 or progress.step == schedule.steps:
-            progress.checked(check())
-            numbers["held"] = progress.last
-        report(progress.step, schedule.steps, numbers)
-    progress.restore_best()
-    return progress.summary()
+    def release(self) -> None:
+        """Leave the objective with whole parameters of its own, on the CPU."""
+        sharded.gather(self.objective)
+        self.objective.cpu()
+
+    def _step(self, rows: Tensor, step: int) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate(step)
+        count = self.objective.count(rows, step)
+        pieces = rows.tensor_split(self.processes * self.schedule.accumulate)
+        mine = pieces[distributed.rank() :: self.processes]
+        total = torch.zeros(1, dtype=torch.float64)
+        for number, piece in enumerate(mine, start=1):
+            with self._together(number == len(mine)):
+                with self._autocast():
+                    loss = self.model(piece, step)
+                # Gradients are averaged over processes, and the sum is wanted.
+                self.accelerator.backward(loss * (self.processes / count))
+            total += loss.item()
+        nn.utils.clip_grad_norm_(self.trained, self.schedule.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return distributed.total(total).item() / count
+
+    def _together(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients of a step's pieces are exchanged once, at the last."""
+        waits = not last and hasattr(self.model, "no_sync")
+        return self.model.no_sync() if waits else nullcontext()
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.half)
 
 
 class _Progress:
     """Where the training stands, in memory and in its state file."""
 
+    NUMBERS = ("step", "waited", "best_step", "before", "best", "last", "curve")
+
     def __init__(self, path: Path, trained: list[Tensor], optimizer: Any) -> None:
         self.path, self.trained, self.optimizer = path, trained, optimizer
         self.step = self.waited = self.best_step = 0
         self.before = self.best = self.last = math.inf
+        self.seen: list[float] = []  # losses since the last check
+        self.curve: list[dict[str, float]] = []
         self.best_values: list[Tensor] = []
 
     def start(self, before: float) -> None:
         self.before = self.best = self.last = before
+        self.curve = [{"step": 0, "held": round(before, 6)}]
         self._keep()
 
     def checked(self, held: float) -> None:
         self.last = held
+        loss = sum(self.seen) / len(self.seen)
+        self.curve.append({"step": self.step, "loss": round(loss, 6), "held": round(held, 6)})
+        self.seen = []
         if held < self.best:
             self.best, self.best_step, self.waited = held, self.step, 0
             self._keep()
@@ -137,21 +247,29 @@ class _Progress:
                 "best": round(self.best, 6),
                 "last": round(self.last, 6),
             },
+            "curve": self.curve,
         }
 
     def _save(self) -> None:
-        numbers = {
-            k: getattr(self, k) for k in ("step", "waited", "best_step", "before", "best", "last")
-        }
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        writer = SafetensorsWriter(self.path, {"progress": json.dumps(numbers)})
-        state = self.optimizer.state
+        """All processes bring their shares; the first writes."""
+        writer = None
+        if not distributed.rank():
+            numbers = {name: getattr(self, name) for name in self.NUMBERS}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            writer = SafetensorsWriter(self.path, {"progress": json.dumps(numbers)})
+        for name, tensor in self._tensors():
+            full = whole(tensor)
+            if writer:
+                writer.add(name, full)
+        if writer:
+            writer.close()
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         for i, parameter in enumerate(self.trained):
-            writer.add(f"{i}.now", parameter)
-            writer.add(f"{i}.best", self.best_values[i])
-            for key, value in state[parameter].items():  # empty if it never had a gradient
-                writer.add(f"{i}.{key}", value)
-        writer.close()
+            yield f"{i}.now", parameter.detach()
+            yield f"{i}.best", self.best_values[i]
+            for key, value in self.optimizer.state[parameter].items():  # empty without a gradient
+                yield f"{i}.{key}", value
 
     def resume(self) -> bool:
         if not self.path.exists():
@@ -162,15 +280,16 @@ class _Progress:
             held = set(file.keys())
             for i, parameter in enumerate(self.trained):
                 with torch.no_grad():
-                    parameter.copy_(file.get_tensor(f"{i}.now"))
-                self.best_values.append(file.get_tensor(f"{i}.best").to(parameter.device))
-                self.optimizer.state[parameter] = {
-                    key: file.get_tensor(f"{i}.{key}").to(
-                        parameter.device if key != "step" else "cpu"
-                    )
-                    for key in ("exp_avg", "exp_avg_sq", "step")
+                    parameter.copy_(like(parameter, file.get_tensor(f"{i}.now")))
+                self.best_values.append(like(parameter, file.get_tensor(f"{i}.best")))
+                state = {
+                    key: like(parameter, file.get_tensor(f"{i}.{key}"))
+                    for key in ("exp_avg", "exp_avg_sq")
                     if f"{i}.{key}" in held
                 }
+                if state:
+                    state["step"] = file.get_tensor(f"{i}.step")
+                self.optimizer.state[parameter] = state
         return True
 
 

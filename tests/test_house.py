@@ -21,10 +21,11 @@ MODULES = sorted([*LIBRARY, *(ROOT / "eval").rglob("*.py")])
 # Each may import those before it, and its own layer; cli may import eval as well.
 LAYERS = (
     "errors", "memory", "offload", "distributed", "events", "weights", "anatomy", "moments",
-    "problem", "store", "data", "objective", "training", "compressors", "registry", "recipe",
-    "source", "blockwise", "assemble", "formats", "checkpoint", "calibration", "sensitivity",
-    "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring", "heads",
-    "rotation", "transform", "run", "api", "testing", "arguments", "display", "hub", "cli",
+    "problem", "store", "data", "objective", "sharded", "training", "compressors", "registry",
+    "recipe", "source", "shape", "blockwise", "assemble", "formats", "checkpoint", "calibration",
+    "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring",
+    "heads", "rotation", "transform", "narrowing", "shortening", "structure", "run", "api",
+    "testing", "arguments", "display", "hub", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 

@@ -23,7 +23,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from compress.checkpoint import load_tokenizer
 from compress.data import Windows, windows
 from compress.source import Source
-from compress.training import Schedule, fit
+from compress.training import Objective, Schedule, Trainer
 
 LENGTH = 256
 
@@ -36,9 +36,15 @@ def read(folder: Path, tokenizer: Any, samples: int) -> Windows:
         return windows(copies, tokenizer, part="calibration", samples=samples, length=LENGTH)
 
 
-def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+class NextToken(Objective):
     """Cross-entropy in nats a token."""
-    return model(input_ids=tokens, labels=tokens).loss
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, rows: Tensor, step: int | None) -> Tensor:
+        return self.model(input_ids=rows, labels=rows).loss * len(rows)
 
 
 def report(step: int, steps: int, numbers: dict[str, float]) -> None:
@@ -69,11 +75,10 @@ def main() -> None:
     model: Any = OPTForCausalLM(config)
     schedule = Schedule(options.steps, 3e-3, 16, weight_decay=0.01, check_every=250, patience=99)
     with tempfile.TemporaryDirectory() as work:
-        fit(
-            model, list(model.parameters()), loss, loss,
-            train=text.tokens[:-64], held=text.tokens[-64:], schedule=schedule,
-            seed=0, folder=Path(work), report=report,
-        )  # fmt: skip
+        trainer = Trainer(
+            NextToken(model), schedule, seed=0, folder=Path(work), report=report, length=LENGTH
+        )
+        trainer.fit(text.tokens[:-64], text.tokens[-64:])
     model.to(torch.bfloat16).save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import normal
 
-from compress.compressors.quantization.autoround import Rounding
+from compress.compressors.quantization.rounding import Rounding
 from compress.compressors.quantization.rtn import RTN
 from compress.weights import Quantized
 

@@ -23,8 +23,9 @@ from compress.compressors.lowrank.svd import SVD
 from compress.compressors.pruning.magnitude import Magnitude
 from compress.compressors.quantization.rtn import RTN
 from compress.data import Windows, windows
+from compress.errors import RecipeError
 from compress.problem import LayerProblem
-from compress.training import STATE, Schedule, _batch, fit
+from compress.training import STATE, Objective, Schedule, Trainer, _batch
 from compress.weights import Dense, Weight
 from compress.weights.modeling_compressed import attach
 
@@ -35,6 +36,19 @@ class Killed(Exception):
     pass
 
 
+class Triple(Objective):
+    """y = 3x, learnt by a linear module; one of its parameters is never used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.linear = nn.Linear(4, 1)
+        self.unused = nn.Parameter(torch.ones(2))
+
+    def forward(self, rows: Tensor, step: int | None) -> Tensor:
+        return (self.linear(rows) - 3 * rows.sum(1, keepdim=True)).square().sum()
+
+
 def regression(
     folder: Path,
     *,
@@ -42,28 +56,23 @@ def regression(
     kill_at: int | None = None,
     patience: int = 100,
     rate: float = 0.05,
+    accumulate: int = 1,
     held: Tensor | None = None,
 ) -> tuple[nn.Module, dict[str, Any], list[tuple[int, int, dict[str, float]]]]:
-    """Fit y = 3x with a linear module; one of its trained parameters is never used."""
-    torch.manual_seed(0)
-    model = nn.Linear(4, 1)
-    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
-    seen = []
-
-    def loss(module: Any, x: Tensor) -> Tensor:
-        return (module(x) - 3 * x.sum(1, keepdim=True)).square().mean()
+    """Train ``Triple``; what was reported, without the numbers that depend on the clock."""
+    model, seen = Triple(), []
 
     def report(step: int, total: int, numbers: dict[str, float]) -> None:
+        assert numbers.pop("tokens_per_s") > 0
+        assert numbers.pop("seconds_left") >= 0
         seen.append((step, total, numbers))
         if step == kill_at:
             raise Killed
 
-    summary = fit(
-        model, list(model.parameters()), loss, loss,
-        train=normal(40, 4, scale=1.0), held=HELD if held is None else held,
-        schedule=Schedule(steps, rate, batch=8, check_every=5, patience=patience),
-        seed=3, folder=folder, report=report,
-    )  # fmt: skip
+    schedule = Schedule(steps, rate, 8, accumulate, check_every=5, patience=patience)
+    trainer = Trainer(model, schedule, seed=3, folder=folder, report=report)
+    summary = trainer.fit(normal(40, 4, scale=1.0), HELD if held is None else held)
+    trainer.release()
     return model, summary, seen
 
 
@@ -114,7 +123,7 @@ def test_the_best_step_is_kept(tmp_path: Path) -> None:
     assert losses["best"] == round(best, 6)
     assert summary["best_step"] == 0 or held[summary["best_step"]] == best
     assert summary["best_step"] != 30
-    now = (model(HELD) - 3 * HELD.sum(1, keepdim=True)).square().mean().item()
+    now = model(HELD, None).item() / len(HELD)
     assert now == pytest.approx(best, rel=1e-5)
 
 
@@ -126,6 +135,30 @@ def test_it_ends_when_nothing_gets_better(tmp_path: Path) -> None:
     assert all(
         value >= min([*held[:-2], summary["held_out_loss"]["before"]]) for value in held[-2:]
     )
+
+
+def test_the_curve_is_in_the_summary(tmp_path: Path) -> None:
+    _, summary, seen = regression(tmp_path, steps=12)
+    first, *rest = summary["curve"]
+    assert first == {"step": 0, "held": summary["held_out_loss"]["before"]}
+    assert [point["step"] for point in rest] == [5, 10, 12]
+    assert [point["held"] for point in rest] == [
+        round(numbers["held"], 6) for _, _, numbers in seen if "held" in numbers
+    ]
+    losses = [numbers["loss"] for _, _, numbers in seen]
+    assert rest[1]["loss"] == pytest.approx(sum(losses[5:10]) / 5, abs=1e-6)
+
+
+def test_a_step_in_pieces_is_the_same_step(tmp_path: Path) -> None:
+    whole, summary, seen = regression(tmp_path / "whole")
+    pieces, again, parts = regression(tmp_path / "pieces", accumulate=3)  # 3, 3 and 2 of 8
+    assert again["held_out_loss"]["best"] == pytest.approx(summary["held_out_loss"]["best"])
+    for (_, _, a), (_, _, b) in zip(seen, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    for a, b in zip(values(whole), values(pieces), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    with pytest.raises(RecipeError, match="a batch of 8 windows cannot be shared by 1 processes"):
+        regression(tmp_path / "many", accumulate=9)
 
 
 def test_every_window_has_its_turn_once_an_epoch() -> None:
@@ -181,13 +214,16 @@ def train(
         attach(student.get_submodule(name), weight.spec, tensors)
     run = TrainingRun(
         student=student,
+        original=llama,
         teacher=llama,
+        teacher_hash="llama",
         text=calibration,
         held=3,
         tokenizer=tokenizer,
         sites=frozenset(sites),
         all=frozenset(site.name for site in anatomize(llama()).sites),
         folder=folder,
+        cache=folder / "cache",
         report=lambda *_: None,
     )
     return student, run, method.train(run)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.compressors.base import TrainingRun
-from compress.compressors.distillation.recovery import Recovery
+from compress.compressors.distillation.recovery import Recovery, vectors
 
 
 class Distill(Recovery):
@@ -25,14 +25,12 @@ class Distill(Recovery):
     norms: bool = Field(True, description="train norms, biases and other vectors as well")
 
     def trained(self, run: TrainingRun) -> list[Tensor]:
-        chosen: list[Tensor] = []
+        chosen = vectors(run) if self.norms else []
         for name, parameter in run.student.named_parameters():
             owner, _, leaf = name.rpartition(".")
             spec = getattr(run.student.get_submodule(owner), "spec", {"kind": "dense"})
             matrix = owner in run.sites and leaf != "bias"
-            vector = self.norms and parameter.ndim == 1 and (leaf == "bias" or owner not in run.all)
-            if parameter.numel() and (vector or (matrix and _trainable(spec))):
-                parameter.requires_grad_(True)
+            if matrix and parameter.numel() and _trainable(spec):
                 chosen.append(parameter)
         return chosen
 
