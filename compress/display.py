@@ -61,10 +61,11 @@ def summary(folders: list[str], rows: list[Any]) -> None:
     """A checkpoint a row, the metrics most people ask for first."""
     by = {(row.checkpoint, row.metric): row for row in rows}
     measured = list(dict.fromkeys(row.metric for row in rows))
-    shown = [m for m in SHOWN if m in measured] or measured
+    scored = [m for m in measured if m == "accuracy" or m.startswith(("task:", "evaluate:"))]
+    shown = [*(m for m in SHOWN if m in measured), *scored] or measured
     table = Table(
         "checkpoint",
-        *(m.replace("_", " ") for m in shown),
+        *(m.removeprefix("task:").replace("_", " ") for m in shown),
         box=None,
         pad_edge=False,
         header_style="bold",

@@ -90,7 +90,7 @@ def evaluate(
     yield from notices
     if metrics is None and dataset is not None:
         chosen.insert(0, get("accuracy"))
-    if data is None and dataset is None and any(metric.needs_data for metric in chosen):
+    if data is None and any(metric.needs_data for metric in chosen):
         data = _data(folders, originals)
     settings = Settings(
         samples=samples, limit=limit, length=length, stride=stride, seed=seed, dataset=dataset,

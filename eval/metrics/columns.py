@@ -72,7 +72,7 @@ def parts(
 def thirds(values: Tensor, kept: Tensor) -> Labels:
     """Numbers cut into three bands that hold about a third each of what is ``kept``."""
     inside = values[kept].double().sort().values
-    cuts = [inside[len(inside) * k // 3].item() for k in (1, 2)]
+    cuts = [inside[max(len(inside) * k // 3 - 1, 0)].item() for k in (1, 2)]
     cuts = [cut for cut in dict.fromkeys(cuts) if cut < inside[-1].item()]
     index = sum(((values > cut).long() for cut in cuts), torch.zeros_like(values).long())
     ends = [f"{cut:,.4g}" for cut in cuts]
@@ -136,9 +136,12 @@ def _of_text(context: Context) -> dict[str, Labels]:
     kept = targets != IGNORED
     seen = targets.where(kept, 0)
     times = torch.bincount(targets[kept], minlength=int(seen.max()) + 1)
-    length = context.windows.tokens.shape[1]
-    place = torch.arange(length).expand_as(context.windows.tokens)
-    before = from_context(context, place).token_bytes
+    before: Tensor | None
+    if context.settings.stride is not None:  # windows that overlap count their own tokens
+        before = (torch.arange(targets.shape[1]) + 1).expand_as(targets)
+    else:
+        place = torch.arange(context.windows.tokens.shape[1])
+        before = from_context(context, place.expand_as(context.windows.tokens)).token_bytes
     assert before is not None
     found = {"token frequency": thirds(times[seen], kept), "context tokens": thirds(before, kept)}
     owners = _owners(context)

@@ -201,6 +201,10 @@ def test_eval_of_tasks_and_of_a_data_set(compress: Run, done: Path, tmp_path: Pa
     assert (answer.code, answer.err) == (0, "")
     (row,) = [json.loads(line) for line in answer.out.splitlines()]
     assert (row["metric"], row["unit"]) == ("task:demo_brackets", "acc")
+    options = ["--metrics", "size_bytes", "--tasks", "demo_brackets", "--limit", 4]
+    answer = compress("eval", folder, *options)
+    assert "brackets" in answer.out
+    assert "bytes" in answer.out
     answer = compress("eval", folder, "--metrics", "accuracy", "--dataset", "x.csv")
     assert answer.code == 3
     assert "give --dataset" in answer.line
