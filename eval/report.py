@@ -354,13 +354,16 @@ def _commands(comparison: Comparison, out: Path) -> list[str]:
     rows = comparison.rows
     folders = shlex.join(str(row.folder) for row in rows)
     metrics = ",".join(dict.fromkeys(name for row in rows for name in row.results))
-    data = comparison.reference.results[comparison.metric].data.get("name")
+    text = [r.data["name"] for r in comparison.reference.results.values() if "windows" in r.data]
+    rows_of = [r.data["name"] for m, r in comparison.reference.results.items()
+               if "examples" in r.data and not m.startswith("task:")]  # fmt: skip
     applied = [
         shlex.join(["compress", "apply", str(row.folder / "recipe.yaml"), "--out", str(row.folder)])
         for row in rows
         if row.recipe
     ]
     measuring = f"compress eval {folders} --metrics {shlex.quote(metrics)}"
-    if data:
-        measuring += f" --data {shlex.quote(str(data))}"
+    for option, names in (("--data", text), ("--dataset", rows_of)):
+        if names:
+            measuring += f" {option} {shlex.quote(str(names[0]))}"
     return [*applied, measuring, f"compress report {folders} --out {shlex.quote(str(out))}"]

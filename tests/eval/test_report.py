@@ -189,6 +189,7 @@ def test_the_story_is_told_from_the_data(report: Path) -> None:
     assert "healed low-rank" in page
     assert "svd ratio=0.5 → lora rank=8" in page
     assert "compress apply" in page
+    assert "--data demo" in page
     assert "hash 5be1c0ffee1234ab" in page
     assert "torch 2.13.0" in page
     assert "Peak memory" not in page  # no checkpoint has it
@@ -247,6 +248,7 @@ def test_a_classifier_is_charted_by_its_accuracy(tmp_path: Path) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     page, *_ = write_report(folders, tmp_path / "report.html")
     assert "task:demo_brackets minus the original" in page.read_text()
+    assert "--dataset" not in page.read_text()
     assert "Higher is better" in page.read_text()
 
 
