@@ -19,20 +19,40 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from compress.arguments import (
+    Columns,
+    Data,
+    Dataset,
+    Folders,
+    Json,
+    Length,
+    Limit,
+    Model,
+    Overwrite,
+    Quiet,
+    Recipes,
+    Samples,
+    Seed,
+    Sets,
+    Tasks,
+    names,
+    overrides,
+    pairs,
+)
 from compress.display import (
+    dry_run_table,
     explanation,
     follow,
+    listing,
     plan_table,
-    preflight_table,
     progress,
     screen,
     summary,
 )
 from compress.errors import CompressError, RecipeError, did_you_mean
+from compress.hub import push
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -45,22 +65,6 @@ app = typer.Typer(
     help="Compress Hugging Face models from a recipe, check the result, chart quality against size."
     "\n\nBegin with:  [bold]compress run recipes/quickstart.yaml[/]",
 )
-
-Recipes = Annotated[list[Path], typer.Argument(metavar="RECIPE…", help="YAML recipe files.")]
-Folders = Annotated[list[str], typer.Argument(metavar="DIR…", help="Checkpoint folders, or demo.")]
-Model = Annotated[str | None, typer.Option(help="Folder, hub id, or demo; overrides the recipe.")]
-Data = Annotated[
-    str | None, typer.Option(help="demo, a text file or folder, or name:config:split:column.")
-]
-Seed = Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")]
-Sets = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. stages.0.bits=3")
-]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists.")]
-Samples = Annotated[int, typer.Option(min=1, help="Windows of evaluation text.")]
-Length = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.")]
 
 
 @app.command()
@@ -82,10 +86,10 @@ def run(
     """
     from compress import recipe as recipe_files
 
-    overrides = _overrides(model, data, seed, sets)
+    changes = overrides(model, data, seed, sets)
     variants: dict[str, Recipe] = {}
     for path in recipes:
-        for name, recipe in recipe_files.load(path, overrides).items():
+        for name, recipe in recipe_files.load(path, changes).items():
             if name in variants:
                 raise RecipeError(f"two variants are called '{name}'; rename one")
             variants[name] = recipe
@@ -96,6 +100,10 @@ def run(
         folders,
         evaluation.metrics or None,
         quiet,
+        tasks=evaluation.tasks,
+        dataset=evaluation.dataset or None,
+        columns=evaluation.columns,
+        limit=evaluation.limit,
         data=evaluation.data or None,
         samples=evaluation.samples,
         length=evaluation.length,
@@ -139,9 +147,9 @@ def apply(
     """
     from compress import recipe as recipe_files
 
-    loaded = recipe_files.load_one(recipe, _overrides(model, data, seed, sets))
+    loaded = recipe_files.load_one(recipe, overrides(model, data, seed, sets))
     if dry_run:
-        _dry_run(loaded, as_json)
+        dry_run_table(loaded, as_json)
         return
     if out is None:
         raise RecipeError("--out DIR is missing: where should the checkpoint go?")
@@ -192,7 +200,7 @@ def plan(
 
     taken = [target.strip() for target in targets.split(",")]
     asked = {"stages": [{"use": "gptq", "targets": taken}]}
-    recipe = recipe_files.load_one(asked, _overrides(model, data, seed, sets))
+    recipe = recipe_files.load_one(asked, overrides(model, data, seed, sets))
     source = Source(recipe.model, untie=recipe.untie)
     budget = parse_size(size, source.nbytes)
     made = follow(planned(recipe, source, recipe.stages[0], budget), "plan", quiet or as_json)
@@ -212,8 +220,12 @@ def evaluate(
     metrics: Annotated[
         str | None, typer.Option(help="Comma-separated; see `compress list`.")
     ] = None,
+    tasks: Tasks = None,
     data: Data = None,
+    dataset: Dataset = None,
+    columns: Columns = None,
     samples: Samples = 128,
+    limit: Limit = None,
     length: Length = None,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Sliding windows, this far apart.")
@@ -228,11 +240,16 @@ def evaluate(
 
     [bold]compress eval runs/quickstart/* --metrics nll,size_bytes --json[/]
     """
-    chosen = [m.strip() for m in metrics.split(",") if m.strip()] if metrics else None
+    asked = names(tasks)
+    chosen = names(metrics) if metrics or asked else None
     rows = _evaluate(
         folders,
         chosen,
         quiet or as_json,
+        tasks=asked,
+        dataset=dataset,
+        columns=pairs(columns, "--columns"),
+        limit=limit,
         data=data,
         samples=samples,
         length=length,
@@ -253,15 +270,16 @@ def report(
     folders: Folders,
     out: Annotated[Path, typer.Option(help="An .html file.")] = Path("report.html"),
     baseline: Annotated[Path | None, typer.Option(help="The folder to compare with.")] = None,
+    metric: Annotated[str | None, typer.Option(help="What the chart shows; nll if known.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Draw evaluated checkpoints: an HTML page, the same in Markdown, and the chart as PNG.
+    """Draw evaluated checkpoints: an HTML page, the same as Markdown and CSV, the chart as PNG.
 
     [bold]compress report runs/quickstart/*/ --out report.html[/]
     """
     from eval.report import write_report
 
-    written = write_report([Path(f) for f in folders], out, baseline=baseline)
+    written = write_report([Path(f) for f in folders], out, baseline=baseline, metric=metric)
     if not quiet:
         for path in written:
             screen.print(path)
@@ -300,12 +318,7 @@ def list_all(as_json: Json = False) -> None:
             package = point.dist.name if point.dist else ""
             print(json.dumps({"kind": kind, "name": name, "package": package}))
         return
-    table = Table("name", "what it does", "from", box=None, header_style="bold", pad_edge=False)
-    for kind, name, point in rows:
-        cls = registry.get(name) if kind == "compressor" else point.load()
-        line = (cls.__doc__ or "").strip().splitlines()[0]
-        table.add_row(name, line, f"{kind}, {point.dist.name if point.dist else '?'}")
-    Console().print(table)
+    listing(rows)
 
 
 @app.command()
@@ -322,40 +335,6 @@ def explain(
         print(json.dumps({"name": name, "doc": cls.__doc__, "parameters": schema}))
         return
     explanation(cls, name)
-
-
-def _overrides(
-    model: str | None, data: str | None, seed: int | None, sets: list[str] | None
-) -> dict[str, Any]:
-    import yaml
-
-    given: dict[str, Any] = {"model": model, "calibration.data": data, "seed": seed}
-    overrides = {key: value for key, value in given.items() if value is not None}
-    for item in sets or []:
-        key, equals, value = item.partition("=")
-        if not equals or not key:
-            raise RecipeError(f"--set {item}: write KEY=VALUE, e.g. stages.0.bits=3")
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"--set {item}: '{value}' is not YAML; quote it") from error
-    return overrides
-
-
-def _dry_run(recipe: Recipe, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from compress.calibration import check_text
-    from compress.preflight import preflight
-    from compress.source import Source
-
-    source = Source(recipe.model, untie=recipe.untie)
-    plan = preflight(recipe, source)
-    check_text(recipe, source)
-    if as_json:
-        print(json.dumps(asdict(plan)))
-        return
-    preflight_table(plan)
 
 
 def _compress_all(variants: dict[str, Recipe], out: Path, quiet: bool) -> list[str]:
@@ -412,6 +391,9 @@ def _evaluate(
     return rows
 
 
+app.command()(push)
+
+
 def main() -> None:
     """Entry point: CompressError becomes one line and its exit code."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -437,7 +419,7 @@ def main() -> None:
         raise
 
 
-COMMANDS = ("run", "apply", "plan", "eval", "report", "verify", "list", "explain")
+COMMANDS = ("run", "apply", "plan", "eval", "report", "verify", "push", "list", "explain")
 
 if __name__ == "__main__":
     main()

@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -28,12 +28,26 @@ PER_DOCUMENT = 2048  # tokens of a document before the next has its turn, so tha
 CHUNK = 8192  # characters: a plain text file is cut into documents of about this size
 
 
+class Document(NamedTuple):
+    """A text of a source, or the file that holds it, and what else the source says of it."""
+
+    key: str
+    content: str | Path
+    columns: dict[str, Any]
+
+    def read(self) -> str:
+        return self.content if isinstance(self.content, str) else _read_text(self.content)
+
+
 @dataclass(frozen=True)
 class Windows:
     """Token windows of equal length, cut from one part of a text source.
 
     tokens      int64 [windows, length]
     token_bytes int64 [windows, length], UTF-8 bytes of text that each token stands for
+    documents   int64 [windows, length], the document that each token is from, an index of columns;
+                None where that is not known
+    columns     of each document, what its source says of it: folder, language, stars, …
     """
 
     tokens: Tensor
@@ -41,6 +55,8 @@ class Windows:
     name: str
     part: Part
     hash: str
+    documents: Tensor | None = None
+    columns: Sequence[dict[str, Any]] = ()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -76,18 +92,23 @@ def windows(
         raise DataError(f"text '{source}' needs a tokenizer and the model folder has none")
     ids: list[int] = []
     sizes: list[int] = []
+    owners: list[int] = []
+    columns: list[dict[str, Any]] = []
     later: list[tuple[list[int], list[int]]] = []  # what long documents hold beyond their share
     share = max(PER_DOCUMENT, length)
-    for text in _ordered(source, part, seed):
-        document, counts = _tokenize(tokenizer, text)
-        ids += document[:share]
+    for document in documents(source, part, seed):
+        coded, counts = _tokenize(tokenizer, document.read())
+        ids += coded[:share]
         sizes += counts[:share]
-        later.append((document[share:], counts[share:]))
+        owners += [len(columns)] * len(coded[:share])
+        columns.append(document.columns)
+        later.append((coded[share:], counts[share:]))
         if len(ids) >= samples * length:
             break
-    for document, counts in later:
-        ids += document
+    for owner, (coded, counts) in enumerate(later):
+        ids += coded
         sizes += counts
+        owners += [owner] * len(coded)
     count = min(samples, len(ids) // length)
     if count == 0:
         raise DataError(
@@ -96,41 +117,52 @@ def windows(
         )
     tokens = torch.tensor(ids[: count * length]).view(count, length)
     token_bytes = torch.tensor(sizes[: count * length]).view(count, length)
+    owner_of = torch.tensor(owners[: count * length]).view(count, length)
     digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-    return Windows(tokens, token_bytes, source, part, digest)
+    return Windows(tokens, token_bytes, source, part, digest, owner_of, columns)
 
 
-def _ordered(source: str, part: Part, seed: int) -> Iterable[str]:
-    """The texts of ``part``; finite sources in the order of their salted key hashes."""
+def documents(source: str, part: Part, seed: int = 0) -> Iterable[Document]:
+    """The documents of ``part``; finite sources in the order of their salted key hashes.
+
+    Raises:
+        DataError: the source cannot be read.
+    """
     wanted = 0 if part == "calibration" else 1
-    documents = _documents(source)
-    if isinstance(documents, list):
+    found = _documents(source)
+    if isinstance(found, list):
         salt = b"" if seed == 0 else str(seed).encode()
-        documents.sort(key=lambda d: hashlib.sha256(salt + d[0].encode()).digest())
-    for key, read in documents:
-        if hashlib.sha256(b"part" + key.encode()).digest()[0] & 1 == wanted:
-            text = read if isinstance(read, str) else _read_text(read)
+        found.sort(key=lambda d: hashlib.sha256(salt + d.key.encode()).digest())
+    for document in found:
+        if hashlib.sha256(b"part" + document.key.encode()).digest()[0] & 1 == wanted:
+            text = document.read()
             if text.strip():
-                yield text
+                yield document._replace(content=text)
 
 
-def _documents(source: str) -> list[tuple[str, str | Path]] | Iterator[tuple[str, str | Path]]:
-    """``(key, text or path)`` of every document: a list when all are at hand, else a stream."""
+def _documents(source: str) -> list[Document] | Iterator[Document]:
+    """Every document: a list when all are at hand, else a stream."""
     if source == "demo":
         root = Path(sysconfig.get_paths()["stdlib"])
         skip = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
-        found: list[tuple[str, str | Path]] = []
+        found = []
         for folder, inner, names in os.walk(root):
             inner[:] = [name for name in inner if name not in skip]
+            domain = {"domain": "/".join(Path(folder).relative_to(root).parts[:1]) or "top level"}
             paths = [Path(folder, name) for name in names if name.endswith(".py")]
-            found += [(path.relative_to(root).as_posix(), path) for path in paths]
+            found += [Document(path.relative_to(root).as_posix(), path, domain) for path in paths]
         return found
     path = Path(source)
     if path.is_dir():
         files = [p for p in path.rglob("*") if p.suffix in (".txt", ".json", ".jsonl", ".parquet")]
         if not files:
             raise DataError(f"{path}: no .txt, .json, .jsonl or .parquet file in this folder")
-        return [pair for file in sorted(files) for pair in _file_documents(file)]
+        return [
+            document._replace(columns={"domain": file.relative_to(path).parts[0]}
+                              | document.columns)
+            for file in sorted(files)
+            for document in _file_documents(file)
+        ]  # fmt: skip
     if path.is_file():
         return _file_documents(path)
     if path.suffix in (".txt", ".json", ".jsonl", ".parquet") or source.startswith((".", "/", "~")):
@@ -138,23 +170,29 @@ def _documents(source: str) -> list[tuple[str, str | Path]] | Iterator[tuple[str
     return _hub_documents(source)
 
 
-def _file_documents(path: Path) -> list[tuple[str, str | Path]]:
+def _file_documents(path: Path) -> list[Document]:
     if path.suffix in (".json", ".jsonl", ".parquet"):
         kind = "parquet" if path.suffix == ".parquet" else "json"
         try:
-            rows = _load_dataset(kind, data_files=str(path), split="train")
+            rows = load_dataset(kind, data_files=str(path), split="train")
         except Exception as error:
             raise DataError(f"{path}: not readable as {kind} ({_first_line(error)})") from error
         column = _text_column(rows.column_names, str(path))
-        return [(text, text) for text in rows[column] if isinstance(text, str)]
+        return [_row_document(row, column) for row in rows if isinstance(row[column], str)]
     text = _read_text(path)
-    return [(chunk, chunk) for chunk in _chunks(text)]
+    return [Document(chunk, chunk, {}) for chunk in _chunks(text)]
 
 
-def _hub_documents(source: str) -> Iterator[tuple[str, str | Path]]:
+def _row_document(row: dict[str, Any], column: str) -> Document:
+    """A row of a table; its other columns are kept where they are single values."""
+    others = {k: v for k, v in row.items() if k != column and isinstance(v, str | int | float)}
+    return Document(row[column], row[column], others)
+
+
+def _hub_documents(source: str) -> Iterator[Document]:
     name, config, split, column = (*source.split(":"), "", "", "")[:4]
     try:
-        rows = _load_dataset(name, config or None, split=split or "train", streaming=True)
+        rows = load_dataset(name, config or None, split=split or "train", streaming=True)
         column = column or _text_column(list(next(iter(rows))), source)
     except DataError:
         raise
@@ -163,10 +201,10 @@ def _hub_documents(source: str) -> Iterator[tuple[str, str | Path]]:
             f"data '{source}': neither a local file nor a data set that could be loaded "
             f"({_first_line(error)}); write demo, a path, or name:config:split:column"
         ) from error
-    return ((row[column], row[column]) for row in rows)
+    return (_row_document(row, column) for row in rows)
 
 
-def _load_dataset(*arguments: Any, **options: Any) -> Any:
+def load_dataset(*arguments: Any, **options: Any) -> Any:
     """``datasets.load_dataset`` without its bars and log lines; errors come as exceptions."""
     import datasets
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from compress.compressors.base import Compressor
     from compress.plan import Plan
     from compress.preflight import Preflight
+    from compress.recipe import Recipe
     from compress.source import Source
 
 Result = TypeVar("Result")
@@ -61,10 +64,11 @@ def summary(folders: list[str], rows: list[Any]) -> None:
     """A checkpoint a row, the metrics most people ask for first."""
     by = {(row.checkpoint, row.metric): row for row in rows}
     measured = list(dict.fromkeys(row.metric for row in rows))
-    shown = [m for m in SHOWN if m in measured] or measured
+    scored = [m for m in measured if m == "accuracy" or m.startswith(("task:", "evaluate:"))]
+    shown = [*(m for m in SHOWN if m in measured), *scored] or measured
     table = Table(
         "checkpoint",
-        *(m.replace("_", " ") for m in shown),
+        *(m.removeprefix("task:").replace("_", " ") for m in shown),
         box=None,
         pad_edge=False,
         header_style="bold",
@@ -84,6 +88,15 @@ def _cell(row: Any) -> str:
         return f"{row.value:,.0f}"
     value = f"{row.value:,.0f}" if abs(row.value) >= 1000 else f"{row.value:.4g}"
     return value if row.stderr is None else f"{row.value:.4f} ± {row.stderr:.4f}"
+
+
+def listing(rows: list[tuple[str, str, EntryPoint]]) -> None:
+    """Kind, name and entry point of every compressor and metric, a line each."""
+    table = Table("name", "what it does", "from", box=None, header_style="bold", pad_edge=False)
+    for kind, name, point in rows:
+        line = (point.load().__doc__ or "").strip().splitlines()[0]
+        table.add_row(name, line, f"{kind}, {point.dist.name if point.dist else '?'}")
+    Console().print(table)
 
 
 def bounds(field: dict[str, Any]) -> str:
@@ -181,3 +194,20 @@ def plan_table(plan: Plan, source: Source) -> None:
         f"{1 - plan.bytes / plan.budget:.2%} below the size\n"
         f"costs  about {plan.cost:.3g} nats a token before its errors make up for each other"
     )
+
+
+def dry_run_table(recipe: Recipe, as_json: bool) -> None:
+    """What ``compress apply --dry-run`` finds, as a table or as one JSON object."""
+    from dataclasses import asdict
+
+    from compress.calibration import check_text
+    from compress.preflight import preflight
+    from compress.source import Source
+
+    source = Source(recipe.model, untie=recipe.untie)
+    plan = preflight(recipe, source)
+    check_text(recipe, source)
+    if as_json:
+        print(json.dumps(asdict(plan)))
+        return
+    preflight_table(plan)

@@ -43,6 +43,10 @@ class Evaluation(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     metrics: list[str] = Field(default_factory=list, description="empty: all that apply")
+    tasks: list[str] = Field(default_factory=list, description="names or YAML of lm-eval")
+    dataset: str = Field("", description="rows with labels: a file, a folder, name:config:split")
+    columns: dict[str, str] = Field(default_factory=dict, description="text, image, label → name")
+    limit: int | None = Field(None, ge=2, description="questions or rows, at most")
     data: str = Field("", description="the calibration data's evaluation part, unless given")
     samples: int = Field(128, ge=1, description="windows of text")
     length: int | None = Field(None, ge=8, description="tokens in a window")

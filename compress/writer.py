@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -252,8 +253,9 @@ def model_card(info: dict[str, Any]) -> str:
     remote = ", trust_remote_code=True" if info["storage"] == "modelling file" else ""
     auto = info["expected"]["auto_class"]
     link = f"base_model: {base['model']}\n" if not base["model"].startswith(("/", "demo")) else ""
+    kind = "base_model_relation: quantized\n" if link and _quantizes(info) else ""
     lines = [
-        f"---\nlibrary_name: transformers\n{link}tags:\n- compresskit\n- compressed\n---\n",
+        f"---\nlibrary_name: transformers\n{link}{kind}tags:\n- compresskit\n- compressed\n---\n",
         f"# {info['name']}\n",
         f"`{Path(base['model']).name}` compressed by {stages}: {sizes['disk']:,} bytes of weights "
         f"where the original has {sizes['original']:,} "
@@ -263,14 +265,19 @@ def model_card(info: dict[str, Any]) -> str:
         f"```python\nfrom transformers import {auto}\n"
         f"model = {auto}.from_pretrained('this/folder'{remote})\n```\n",
         "## How it was made\n",
-        "`recipe.yaml` in this folder, every default filled in; `compression.json` says what "
-        "became of each weight. Again, with the same bytes as the result:\n",
+        "`recipe.yaml` in this folder, every default filled in, is below; `compression.json` says "
+        "what became of each weight. Again, with the same bytes as the result:\n",
         f"```bash\ncompress apply recipe.yaml --model {base['model']} --out again\n```\n",
         f"Original: `{base['model']}`, {base['parameters']:,} parameters, hash `{base['hash']}`. "
         + ", ".join(f"{k} {v}" for k, v in info["versions"].items())
-        + ".",
+        + ".\n",
+        f"```yaml\n{yaml.safe_dump(info['recipe'], sort_keys=False, width=100)}```",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _quantizes(info: dict[str, Any]) -> bool:
+    return "quantization" in info["families"].values()
 
 
 def versions() -> dict[str, str]:

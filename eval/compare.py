@@ -1,19 +1,29 @@
 """Paired differences: is checkpoint a really better than checkpoint b, or is it the text?
 
-Some windows of text are easier than others, and they are easier for both checkpoints. Subtracting
-window by window removes that shared part, so the standard error of the difference is far smaller
-than the standard error of either mean, and small losses become visible.
+Some examples are easier than others, and they are easier for both checkpoints. Subtracting example
+by example removes that shared part, so the standard error of the difference is far smaller than
+the standard error of either mean, and small losses become visible. With d_i the difference of the
+sums over example i and w_i the predictions in it (1 for a whole example):
 
-    d_i = a_i - b_i        mean = Σ d_i / n        stderr = sqrt( Σ (d_i - mean)² / (n - 1) / n )
+    mean = Σ d_i / Σ w_i        e_g = Σ_{i in g} (d_i − mean · w_i)
+    stderr = √( G/(G−1) · Σ_g e_g² ) / Σ w_i
 
-The 95% interval is mean ± t(n - 1) · stderr. Windows are treated as independent; cut from one long
-document they are slightly correlated, and the interval is then a little too narrow.
+The units g are the documents that the examples are from: windows cut from one document resemble
+each other, and to count them as independent makes the interval too narrow (Liang & Zeger,
+Biometrika 73, 1986). Where no document is known, or just one, each example is a unit, and for
+w = 1 this is the textbook formula. The interval is mean ± t(G−1) · stderr.
+
+Differences of scores that are 0 or 1, each from a document of its own, have the interval of
+Agresti & Min (Statistics in Medicine 24, 2005): half a pair is added to each of the four outcomes,
+so that no interval has length zero and its coverage holds for few examples.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.errors import DataError
@@ -25,65 +35,180 @@ HIGHER_IS_BETTER = frozenset(
 OWN = {"weights", "original"}  # what two setups may differ in: the checkpoints themselves
 
 BETTER, WORSE, SAME = "better", "worse", "no measurable difference"
+LEVEL = 0.95
+POWER = 0.8  # probability that a sample of the size called "needed" shows the difference
 
 
 @dataclass(frozen=True)
 class Difference:
-    """a - b of one metric over the same windows, in the metric's own unit."""
+    """a - b of one metric over the same examples, in the metric's own unit."""
 
     metric: str
     mean: float
     stderr: float
     low: float
-    """Lower end of the 95% interval of the mean."""
+    """Lower end of the interval of the mean, 95% unless said otherwise."""
     high: float
-    """Upper end of the 95% interval of the mean."""
+    """Upper end of the interval of the mean."""
     windows: int
+    """Examples that were compared."""
     verdict: str
     """What a is, next to b: "better", "worse" or "no measurable difference"."""
+    documents: int = 0
+    """Independent units that the examples come from."""
+    needed: int | None = None
+    """Where no difference is measurable: how many such examples would show one as large as the
+    one seen, four times in five. None if it is measurable, or the two are equal everywhere."""
+
+    @property
+    def words(self) -> str:
+        """The verdict in a sentence."""
+        where = f"over {self.windows:,} examples"
+        if self.documents < self.windows:
+            where += f" from {self.documents:,} documents"
+        if self.verdict != SAME:
+            return f"{self.verdict} {where}"
+        if self.needed is None:
+            return f"{SAME} {where}: equal in every one" if self.mean == 0 else f"{SAME} {where}"
+        return (
+            f"{SAME} {where}; about {self.needed:,} would settle whether {self.mean:+.2g} is real"
+        )
 
 
 def paired(a: Result, b: Result, *, higher_is_better: bool | None = None) -> Difference:
-    """The paired difference a - b of the per-window ``samples`` of two results.
+    """The paired difference a - b of the ``samples`` of two results.
 
-    ``higher_is_better`` is known for the built-in metrics and taken to be false for others.
+    ``higher_is_better`` is what the rows say, and false where they say nothing.
 
     Raises:
-        DataError: the two were not measured window by window on the same text.
+        DataError: the two were not measured example by example on the same data.
     """
-    _check_same_windows(a, b)
+    check_same(a, b)
     differences = [x - y for x, y in zip(a.samples, b.samples, strict=True)]
-    count = len(differences)
-    mean = math.fsum(differences) / count
-    stderr = statistics.stdev(differences) / math.sqrt(count)
-    reach = t_quantile_975(count - 1) * stderr
+    counts = [1.0] * len(differences)
     if higher_is_better is None:
-        higher_is_better = a.metric in HIGHER_IS_BETTER
-    verdict = SAME
-    if abs(mean) > reach:
-        verdict = BETTER if (mean > 0) == higher_is_better else WORSE
-    return Difference(a.metric, mean, stderr, mean - reach, mean + reach, count, verdict)
+        higher_is_better = is_higher_better(a)
+    return difference(
+        a.metric, differences, counts, a.documents, higher_is_better=higher_is_better,
+        binary={*a.samples, *b.samples} <= {0.0, 1.0},
+    )  # fmt: skip
 
 
-def t_quantile_975(degrees: int) -> float:
-    """Student's t at probability 0.975; the normal's 1.96 for many degrees of freedom.
+def difference(
+    metric: str,
+    differences: Sequence[float],
+    counts: Sequence[float],
+    documents: Sequence[int] = (),
+    *,
+    higher_is_better: bool,
+    binary: bool = False,
+    level: float = LEVEL,
+) -> Difference:
+    """The estimate, its interval and the verdict from the differences of sums over examples.
 
-    The expansion in 1/degrees is Abramowitz & Stegun 26.7.5, here within 0.1% from four degrees
-    on; the three values below that are from its table 26.10.
+    ``documents`` may be empty: then every example is a unit of its own. ``binary`` scores are 0
+    or 1, and so their differences -1, 0 or 1.
     """
-    if degrees <= 3:
-        return {1: 12.706, 2: 4.303, 3: 3.182}[degrees]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return (
-        z
-        + (z**3 + z) / (4 * degrees)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * degrees**4)
-    )
+    number = len(differences)
+    mean = math.fsum(differences) / math.fsum(counts)
+    residuals = [d - mean * w for d, w in zip(differences, counts, strict=True)]
+    units = by_document(residuals, documents)
+    if binary and len(units) == number:
+        low, high, stderr = _agresti_min(differences, level)
+    else:
+        stderr = spread(units) / math.fsum(counts)
+        reach = t_quantile((1 + level) / 2, len(units) - 1) * stderr
+        low, high = mean - reach, mean + reach
+    verdict, needed = SAME, None
+    if low > 0 or high < 0:
+        verdict = BETTER if (mean > 0) == higher_is_better else WORSE
+    elif mean and any(differences):
+        normal = statistics.NormalDist()
+        reach = (normal.inv_cdf((1 + LEVEL) / 2) + normal.inv_cdf(POWER)) * stderr
+        needed = math.ceil(_two_digits(max(number + 1, number * (reach / mean) ** 2)))
+    return Difference(metric, mean, stderr, low, high, number, verdict, len(units), needed)
 
 
-def _check_same_windows(a: Result, b: Result) -> None:
+def is_higher_better(result: Result) -> bool:
+    """As the row says; rows of earlier versions, and metrics that do not know, by their name."""
+    if result.higher_is_better is None:
+        return result.metric in HIGHER_IS_BETTER
+    return result.higher_is_better
+
+
+def spread(residuals: Sequence[float]) -> float:
+    """√( G/(G−1) · Σ e² ) over G independent units whose residuals sum to zero."""
+    count = len(residuals)
+    return math.sqrt(count / (count - 1) * math.fsum(e * e for e in residuals))
+
+
+def by_document(residuals: Sequence[float], documents: Sequence[int]) -> list[float]:
+    """Residuals summed within documents; as they are where fewer than two documents are known."""
+    if len(set(documents)) < 2:
+        return list(residuals)
+    sums: dict[int, float] = defaultdict(float)
+    for document, residual in zip(documents, residuals, strict=True):
+        sums[document] += residual
+    return list(sums.values())
+
+
+def _agresti_min(differences: Sequence[float], level: float) -> tuple[float, float, float]:
+    """(low, high, standard error) of the mean difference of paired 0/1 scores."""
+    count = len(differences) + 2
+    up = sum(d > 0 for d in differences) + 0.5
+    down = sum(d < 0 for d in differences) + 0.5
+    middle = (up - down) / count
+    stderr = math.sqrt(up + down - (up - down) ** 2 / count) / count
+    reach = statistics.NormalDist().inv_cdf((1 + level) / 2) * stderr
+    return middle - reach, middle + reach, stderr
+
+
+def _two_digits(value: float) -> float:
+    """Rounded up to two significant digits: more are not known."""
+    place = 10.0 ** max(math.floor(math.log10(value)) - 1, 0)
+    return math.ceil(value / place) * place
+
+
+def t_quantile(probability: float, degrees: int) -> float:
+    """Student's t: the value that is not exceeded with ``probability`` ≥ 1/2.
+
+    By bisection of the distribution function, a finite sum for whole degrees of freedom
+    (Abramowitz & Stegun 26.7.3 and 26.7.4); beyond 1000 degrees by their 26.7.5.
+    """
+    z = statistics.NormalDist().inv_cdf(probability)
+    if degrees > 1000:
+        return z + (z**3 + z) / (4 * degrees)
+    low, high = 0.0, 1.0
+    while _t_within(high, degrees) < 2 * probability - 1:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * high:
+        middle = (low + high) / 2
+        if _t_within(middle, degrees) < 2 * probability - 1:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _t_within(t: float, degrees: int) -> float:
+    """P(|T| < t)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    square = math.cos(angle) ** 2
+    odd = degrees % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for k in range(odd, degrees - 1, 2):  # Σ of products (2·4·…)/(3·5·…) or (1·3·…)/(2·4·…)
+        total += term
+        term *= square * (k + 1) / (k + 2)
+    total *= math.sin(angle)
+    return 2 / math.pi * (angle + total) if odd else total
+
+
+def check_same(a: Result, b: Result) -> None:
+    """Refuse two results that are not of the same examples.
+
+    Raises:
+        DataError: saying what differs, and what to run.
+    """
     pair = f"{a.checkpoint} and {b.checkpoint}"
     again = "run `compress eval` on both with the same --data"
     if a.metric != b.metric:

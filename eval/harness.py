@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from compress.errors import CheckpointError, CompressError, DataError, NotMeasur
 from eval import card, results
 from eval.metrics import DEFAULT, FAMILIES, get
 from eval.metrics.base import Context, Metric, Settings, load_model
+from eval.metrics.tasks import PREFIX as TASK
 from eval.results import Result
 
 
@@ -42,7 +43,11 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     *,
     data: str | None = None,
+    tasks: Sequence[str] = (),
     samples: int = 128,
+    limit: int | None = None,
+    dataset: str | None = None,
+    columns: Mapping[str, str] | None = None,
     length: int | None = None,
     stride: int | None = None,
     seed: int = 0,
@@ -58,6 +63,10 @@ def evaluate(
               that come with this package. One that does not apply to a model is an error when it
               was named, and otherwise left out with a Notice.
     data      name of the text (compress/data.py); None is what the folders' recipes say
+    tasks     of lm-evaluation-harness (eval/metrics/tasks.py); they stand for metrics ``task:…``
+    limit     questions of a task or examples of a data set, at most; None is all
+    dataset   rows with labels, for models that do not predict text (eval/labelled.py)
+    columns   role → column of the data set, where its name does not say it
     length    tokens of a window; None is 256, or what the model takes if that is less
     stride    tokens between the starts of overlapping windows; None: they do not overlap
     baseline  the original to compare with; None is what each folder says it was made from
@@ -69,18 +78,24 @@ def evaluate(
             NotMeasurable: a named metric does not apply.
         CheckpointError: a folder or its rows cannot be read or written.
     """
-    named = DEFAULT if metrics is None else tuple(metrics)
+    asked = [f"{TASK}{name.removeprefix(TASK)}" for name in tasks]
+    named = (*(DEFAULT if metrics is None else metrics), *asked)
     wanted = list(dict.fromkeys(x for name in named for x in FAMILIES.get(name, (name,))))
-    strict = set(metrics or ()) - set(FAMILIES)
+    strict = {*(metrics or ()), *asked} - set(FAMILIES)
     chosen = [get(name) for name in wanted]
     # Those that compare come first: the pass over the windows that they need serves all.
     chosen.sort(key=lambda metric: not metric.needs_reference)
 
     originals, notices = _originals(folders, baseline)
     yield from notices
+    if metrics is None and dataset is not None:
+        chosen.insert(0, get("accuracy"))
     if data is None and any(metric.needs_data for metric in chosen):
         data = _data(folders, originals)
-    settings = Settings(samples=samples, length=length, stride=stride, seed=seed)
+    settings = Settings(
+        samples=samples, limit=limit, length=length, stride=stride, seed=seed, dataset=dataset,
+        columns=columns or {},
+    )  # fmt: skip
     load_original = functools.lru_cache(maxsize=1)(load_model)
     shared: dict[Any, Any] = {}
     done, total = 0, len(folders) * len(chosen)

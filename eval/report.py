@@ -1,12 +1,12 @@
 """Results of several checkpoints as one page to read, one to paste, and one picture.
 
 ``out.html`` stands alone: the chart's script and all styles are inside, nothing is fetched.
-``out.md`` is the same for a pull request or a model card, ``out.png`` its chart.
+``out.md`` is the same for a pull request or a model card, ``out.png`` its chart, ``out.csv`` its
+numbers.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,17 +14,18 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from compress.errors import CheckpointError, DataError
 from eval import chart
-from eval.compare import BETTER, HIGHER_IS_BETTER, SAME
+from eval.compare import BETTER, SAME, is_higher_better
 from eval.layers import layers
 from eval.measured import Measured, read_checkpoint, with_unique_names
+from eval.pages import environment
+from eval.sections import is_task, slice_tables, speeds, table_csv, task_columns
 from eval.table import Gap, columns, gap, plus_minus, share
 
-QUALITY = ("nll", "bits_per_byte", "perplexity", "kl", "top1_agreement")
+QUALITY = ("nll", "bits_per_byte", "perplexity", "accuracy", "kl", "top1_agreement")
 WIDTHS = (280, 340, 520, 720, chart.WIDTH, 1140)  # the page shows the widest that fits
 
 
@@ -43,7 +44,7 @@ class Comparison:
 
     @property
     def higher_is_better(self) -> bool:
-        return self.metric in HIGHER_IS_BETTER
+        return is_higher_better(self.reference.results[self.metric])
 
     @property
     def unit(self) -> str:
@@ -81,7 +82,8 @@ def write_report(
     baseline: Path | None = None,
     metric: str | None = None,
 ) -> list[Path]:
-    """Write ``out`` (HTML) and, beside it, the same as ``.md`` and the chart as ``.png``.
+    """Write ``out`` (HTML) and beside it the same as ``.md``, the chart as ``.png`` and all
+    numbers as ``.csv``.
 
     Every checkpoint is compared with ``baseline``; without one, with the first folder to which
     nothing was done, or else with the best. ``metric`` is the quality to chart, ``nll`` if it was
@@ -106,13 +108,14 @@ def write_report(
         for scheme, theme in (("light", chart.LIGHT), ("dark", chart.DARK))
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    files = [out, out.with_suffix(".md"), out.with_suffix(".png")]
-    page = _environment(autoescape=True).get_template("report.html")
-    paste = _environment(autoescape=False).get_template("report.md")
+    files = [out, *(out.with_suffix(suffix) for suffix in (".md", ".png", ".csv"))]
+    page = environment(autoescape=True).get_template("report.html")
+    paste = environment(autoescape=False).get_template("report.md")
     html = page.render(context, specs=specs, script=Markup(chart.script()))
     files[0].write_text(html, encoding="utf-8")
     files[1].write_text(paste.render(context), encoding="utf-8")
     files[2].write_bytes(chart.png(specs["light"][chart.WIDTH]))
+    files[3].write_text(table_csv(comparison.rows, comparison.reference), encoding="utf-8")
     return files
 
 
@@ -120,8 +123,9 @@ def _compare(folders: list[Path], baseline: Path | None, metric: str | None) -> 
     if baseline is not None and not any(_same(folder, baseline) for folder in folders):
         folders = [Path(baseline), *folders]
     rows = with_unique_names([read_checkpoint(folder) for folder in folders])
+    scored = [name for row in rows for name, result in row.results.items() if is_task(result)]
     chosen = metric or next(
-        (name for name in QUALITY if any(row.value(name) is not None for row in rows)), None
+        (m for m in (*QUALITY, *scored) if any(row.value(m) is not None for row in rows)), None
     )
     measured = [row for row in rows if chosen and row.value(chosen) is not None]
     if chosen is None or not measured:
@@ -136,7 +140,7 @@ def _compare(folders: list[Path], baseline: Path | None, metric: str | None) -> 
                 f"{baseline}: the baseline has no {chosen}; run `compress eval {baseline}` first"
             )
     else:
-        sign = -1 if chosen in HIGHER_IS_BETTER else 1
+        sign = -1 if is_higher_better(measured[0].results[chosen]) else 1
         best = min(measured, key=lambda row: sign * (row.value(chosen) or 0.0))
         reference = next((row for row in measured if row.is_original), best)
     gaps, missing = {}, []
@@ -220,6 +224,9 @@ def _context(comparison: Comparison, out: Path) -> dict[str, Any]:
         "missing": comparison.missing,
         "families": chart.FAMILIES,
         "layers": layers(rows),
+        "tasks": task_columns(rows, comparison.reference),
+        "slices": slice_tables(rows, comparison.reference, comparison.metric),
+        "speeds": speeds(rows),
         "texts": _texts(comparison),
         "reproduction": _reproduction(comparison),
         "commands": _commands(comparison, out),
@@ -261,7 +268,7 @@ def _deck(comparison: Comparison) -> str:
     text = f"The difference is {found.text} {comparison.unit}"
     if found.interval:
         low, high = (plus_minus(end, found.stderr).split(" ±")[0] for end in found.interval)
-        text += f", paired over {found.windows} windows of text (95% interval {low} to {high})"
+        text += f" (paired, 95% interval {low} to {high}): {found.words}"
     agreement = row.value("top1_agreement")
     if agreement is not None:
         text += f"; the most likely next token is the same {share(agreement)} of the time"
@@ -347,41 +354,16 @@ def _commands(comparison: Comparison, out: Path) -> list[str]:
     rows = comparison.rows
     folders = shlex.join(str(row.folder) for row in rows)
     metrics = ",".join(dict.fromkeys(name for row in rows for name in row.results))
-    data = comparison.reference.results[comparison.metric].data.get("name")
+    text = [r.data["name"] for r in comparison.reference.results.values() if "windows" in r.data]
+    rows_of = [r.data["name"] for m, r in comparison.reference.results.items()
+               if "examples" in r.data and not m.startswith("task:")]  # fmt: skip
     applied = [
         shlex.join(["compress", "apply", str(row.folder / "recipe.yaml"), "--out", str(row.folder)])
         for row in rows
         if row.recipe
     ]
     measuring = f"compress eval {folders} --metrics {shlex.quote(metrics)}"
-    if data:
-        measuring += f" --data {shlex.quote(str(data))}"
+    for option, names in (("--data", text), ("--dataset", rows_of)):
+        if names:
+            measuring += f" {option} {shlex.quote(str(names[0]))}"
     return [*applied, measuring, f"compress report {folders} --out {shlex.quote(str(out))}"]
-
-
-def _environment(*, autoescape: bool) -> Environment:
-    environment = Environment(
-        loader=PackageLoader("eval", "templates"),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}  # and keep the order of keys
-    environment.filters["md"] = _markdown
-    environment.filters["fence"] = _fence
-    return environment
-
-
-def _markdown(text: object) -> str:
-    """``text`` as literal Markdown on one line, inside a table too."""
-    line = " ".join(str(text).split())
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", line)
-
-
-def _fence(text: str, language: str = "") -> str:
-    """``text`` as a code block, fenced by more backticks than it holds in a row."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    ticks = "`" * max(3, longest + 1)
-    return f"{ticks}{language}\n{text.rstrip()}\n{ticks}"

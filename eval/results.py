@@ -14,11 +14,26 @@ from compress.errors import CheckpointError
 RESULTS = "results.jsonl"
 
 
+class Part(BaseModel):
+    """What a slice of the data contributes to a metric, example by example.
+
+    Of example ``examples[k]``, ``counts[k]`` predictions belong to the slice, and ``sums[k]`` is
+    the sum of the metric over them. Examples that hold nothing of the slice are left out.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    examples: list[int]
+    sums: list[float]
+    counts: list[float]
+
+
 class Result(BaseModel):
     """One metric of one checkpoint.
 
-    ``samples`` keeps the per-window values behind ``value``: they are what makes a *paired*
-    comparison of two checkpoints possible (same data hash, same order).
+    ``samples`` keeps the value of every example (a window of text, a question, an image) behind
+    ``value``: they are what makes a *paired* comparison of two checkpoints possible (same data
+    hash, same order).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -28,7 +43,15 @@ class Result(BaseModel):
     value: float | None = Field(description="the measurement; None when only `detail` speaks")
     stderr: float | None = Field(None, description="standard error of `value`, if it has one")
     unit: str = Field(description="nats/token, bytes, tokens/s, …")
-    samples: list[float] = Field(default_factory=list, description="per-window values, in order")
+    higher_is_better: bool | None = Field(None, description="None where nobody says")
+    samples: list[float] = Field(default_factory=list, description="value of each example")
+    documents: list[int] = Field(
+        default_factory=list,
+        description="of each example, the document it is from: examples of one are not independent",
+    )
+    slices: dict[str, dict[str, Part]] = Field(
+        default_factory=dict, description="column of the data → its label → what that holds"
+    )
     data: dict[str, Any] = Field(default_factory=dict, description="text: name, part, hash, counts")
     setup: dict[str, Any] = Field(default_factory=dict, description="threads, batch, repeats, …")
     versions: dict[str, str] = Field(default_factory=dict, description="python, torch, …")

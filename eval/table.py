@@ -21,7 +21,8 @@ class Gap:
     stderr: float
     verdict: str = ""
     interval: tuple[float, float] | None = None
-    windows: int = 0
+    words: str = ""
+    """The verdict in a sentence, with the sample size and the one that would settle it."""
 
     @property
     def text(self) -> str:
@@ -78,7 +79,7 @@ def gap(row: Result, reference: Result) -> Gap:
     if row.samples and reference.samples:
         found = paired(row, reference)
         interval = (found.low, found.high)
-        return Gap(found.mean, found.stderr, found.verdict, interval, found.windows)
+        return Gap(found.mean, found.stderr, found.verdict, interval, found.words)
     if row.data.get("hash") != reference.data.get("hash"):
         raise DataError(f"{row.checkpoint}: {row.metric} was measured on other text")
     if row.value is None or reference.value is None:
@@ -135,7 +136,8 @@ def columns(
         column("relative_error", "Max error", "largest relative output error of a layer", error),
     ]  # fmt: skip
     taken = {column.key for column in known} | {"size_bytes"}
-    others = {m: r.unit for row in rows for m, r in row.results.items() if m not in taken}
+    others = {m: r.unit for row in rows for m, r in row.results.items()
+              if m not in taken and not r.samples}  # fmt: skip  # tasks have a section of their own
     for name, unit in others.items():
         known.append(of(name, name, unit, bytes_text if unit == "bytes" else number))
     return [column for column in known if any(cell.text for cell in column.cells)]

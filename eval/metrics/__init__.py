@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib.metadata import EntryPoint, entry_points
 
 from compress.errors import PluginError, RecipeError, did_you_mean
+from eval.metrics import tasks
 from eval.metrics.base import Metric
 from eval.metrics.huggingface import PREFIX, HuggingFaceMetric
 
@@ -21,11 +22,18 @@ FAMILIES = {
     "quality": ("nll", "perplexity", "bits_per_byte", "kl", "top1_agreement"),
     "size": ("size_bytes", "bits_per_param"),
     "memory": ("peak_memory",),
+    "embedding": ("embedding_cosine", "embedding_neighbours"),
     "speed": ("prefill_tokens_per_s", "decode_tokens_per_s"),
 }
 """Names that stand for several metrics, for short recipes: ``evaluate: [perplexity, size]``."""
 
-DEFAULT = (*(name for names in FAMILIES.values() for name in names), "generation")
+BY_NAME = ("embedding",)
+"""Families that are measured only when they are named."""
+
+DEFAULT = (
+    *(name for family, names in FAMILIES.items() if family not in BY_NAME for name in names),
+    "generation",
+)
 """What is measured when nobody says what to measure."""
 
 
@@ -47,7 +55,8 @@ def available() -> dict[str, EntryPoint]:
 
 
 def get(name: str) -> Metric:
-    """The metric called ``name``, or ``evaluate:NAME`` of the Hugging Face library.
+    """The metric called ``name``, ``evaluate:NAME`` of the Hugging Face library, or ``task:NAME``
+    of lm-evaluation-harness.
 
     Raises:
         RecipeError: no metric has this name.
@@ -55,6 +64,8 @@ def get(name: str) -> Metric:
     """
     if name.startswith(PREFIX):
         return HuggingFaceMetric(name)
+    if name.startswith(tasks.PREFIX):
+        return tasks.HarnessTask(name)
     known = available()
     if name not in known:
         raise RecipeError(f"no metric is called '{name}'{did_you_mean(name, known)}")

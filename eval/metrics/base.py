@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
 from compress import checkpoint
 from compress.data import Windows, windows
 from compress.errors import DataError, ModelError, NotMeasurable
 from compress.objective import window_length
+from eval import labelled
+from eval.labelled import Labelled
 from eval.results import Result
 
+PREDICT_TEXT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
 ANY_MODEL = "size_bytes, bits_per_param and peak_memory"  # what every model has
 
 
@@ -30,20 +33,26 @@ class Settings:
     """How to measure: shared by all metrics of one run.
 
     samples  windows of evaluation text
+    limit    examples of a task or a data set; None is all
     length   tokens of a window; None is 256, or what the model takes if that is less
     stride   None: windows do not overlap. s < length: windows start s tokens apart, and each
              predicts only its last s tokens, the rest being context
     batch    windows in one forward pass, at most (fewer when the vocabulary is large)
     seed     which documents come first, and which tokens are masked
     threads  CPU threads while speed is measured
+    dataset  a data set with labels (eval/labelled.py), for models that do not predict text
+    columns  role → column of the data set, where the column's name does not say it
     """
 
     samples: int = 128
+    limit: int | None = None
     length: int | None = None
     stride: int | None = None
     batch: int = 16
     seed: int = 0
     threads: int = 1
+    dataset: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_model(name: str) -> PreTrainedModel:
@@ -126,6 +135,42 @@ class Context:
             )
         return self.load_original(self.original)
 
+    @property
+    def reads_dataset(self) -> bool:
+        """Whether the data set takes the place of the text: not for models that predict text."""
+        names = self.config.get("architectures") or [""]
+        return self.settings.dataset is not None and not names[0].endswith(PREDICT_TEXT)
+
+    @cached_property
+    def labelled(self) -> Labelled:
+        """The data set, read once for all checkpoints.
+
+        Raises:
+            NotMeasurable: none is given, or the model predicts text.
+            DataError, RecipeError: it cannot be read as it is described.
+        """
+        settings = self.settings
+        if settings.dataset is None or not self.reads_dataset:
+            raise NotMeasurable(
+                f"{self.folder}: this is measured on a data set, with a model that does not "
+                "predict text; give --dataset"
+            )
+        key = ("labelled", settings.dataset)
+        if key not in self.shared:
+            self.shared[key] = labelled.read(settings.dataset, settings.columns, settings.limit)
+        return self.shared[key]
+
+    @cached_property
+    def processor(self) -> Any:
+        """The checkpoint's image processor; None when the folder has none."""
+        if not (self.path / "preprocessor_config.json").exists():
+            return None
+        return AutoImageProcessor.from_pretrained(self.path)
+
+    def described(self) -> dict[str, Any]:
+        """What a result row records about its data."""
+        return self.labelled.describe() if self.reads_dataset else self.windows.describe()
+
     @cached_property
     def windows(self) -> Windows:
         """Evaluation text, in the checkpoint's own tokens.
@@ -191,7 +236,7 @@ class Metric(ABC):
         if (self.needs_reference or self.beside_original) and context.original is not None:
             setup["original"] = context.fingerprint(context.original)
         return {
-            "data": context.windows.describe() if self.needs_data else {},
+            "data": context.described() if self.needs_data else {},
             "setup": setup | self.setup(context),
         }
 
@@ -203,8 +248,7 @@ class Metric(ABC):
             value=value,
             unit=self.unit,
             versions=versions(),
-            **self.conditions(context),
-            **fields,
+            **{"higher_is_better": self.higher_is_better, **self.conditions(context), **fields},
         )
 
 

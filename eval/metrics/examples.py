@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.errors import NotMeasurable
 from compress.objective import Examples, causal, encoder_decoder, examples, family
+from eval import labelled
 from eval.metrics.base import Context
 
 
-def from_context(context: Context) -> Examples:
-    """The evaluation windows of ``context`` as examples for its model.
+def from_context(context: Context, carried: Tensor | None = None) -> Examples:
+    """The evaluation windows of ``context``, or its data set, as examples for its model.
+
+    ``carried``, int64 [windows, length], is any number that belongs to each token: it takes the
+    place of ``token_bytes`` and so is lined up with the targets as they are.
 
     Raises:
         NotMeasurable: the model does not read text, or not in the way the settings ask for.
     """
+    if context.reads_dataset:
+        return labelled.examples(
+            context.labelled, context.model, context.tokenizer, context.processor
+        )
     kind = family(context.model)  # says so first if the model does not read text at all
-    tokens, sizes = context.windows.tokens, context.windows.token_bytes
+    tokens = context.windows.tokens
+    sizes = context.windows.token_bytes if carried is None else carried
     stride = context.settings.stride
     if stride is None:
         seed = context.settings.seed

@@ -1,20 +1,24 @@
 """How well a checkpoint predicts text, alone and against its original.
 
 The five metrics read one pass over the evaluation windows (``scores.py``). Their standard errors
-are over windows, of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4): for
-R = Σx / Σw over n windows, with residuals e = x − R·w,  se = √(n / (n−1) · Σe²) / Σw.
+are of a ratio of sums (Cochran, Sampling Techniques, 1977, section 6.4) over the documents that
+the windows are from, as in ``eval/compare.py``: for R = Σx / Σw over n documents, with residuals
+e = x − R·w,  se = √(n / (n−1) · Σe²) / Σw.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.errors import NotMeasurable
+from eval.compare import by_document, spread
 from eval.metrics.base import ANY_MODEL, Context, Metric
+from eval.metrics.columns import documents, labels, parts
 from eval.metrics.scores import Scores, scores
 from eval.results import Result
 
@@ -24,6 +28,20 @@ class _Quality(Metric):
 
     def setup(self, context: Context) -> dict[str, Any]:
         return {"stride": context.settings.stride, "seed": context.settings.seed}
+
+    def _mean(self, context: Context, values: Tensor, counts: Tensor) -> Result:
+        """The mean over predictions; ``samples`` are the means of examples."""
+        sums, weights = values.sum(1), counts.sum(1)
+        owners = documents(context)
+        value, stderr = ratio(sums, weights, owners)
+        return self.result(
+            context,
+            value,
+            stderr=stderr,
+            samples=(sums / weights).tolist(),
+            documents=owners,
+            slices=parts(labels(context), values, counts),
+        )
 
 
 class NLL(_Quality):
@@ -35,10 +53,7 @@ class NLL(_Quality):
 
     def measure(self, context: Context) -> Result:
         found = scores(context)
-        nll, _ = _text(context, found)
-        value, stderr = ratio(nll, found.count)
-        samples = (nll / found.count).tolist()
-        return self.result(context, value, stderr=stderr, samples=samples)
+        return self._mean(context, _text(context, found)[0], found.count)
 
 
 class Perplexity(_Quality):
@@ -50,7 +65,8 @@ class Perplexity(_Quality):
 
     def measure(self, context: Context) -> Result:
         found = scores(context)
-        nll, stderr = ratio(_text(context, found)[0], found.count)
+        sums = _text(context, found)[0].sum(1)
+        nll, stderr = ratio(sums, found.count.sum(1), documents(context))
         value = torch.tensor(nll, dtype=torch.float64).exp().item()  # inf, where math.exp raises
         return self.result(context, value, stderr=None if stderr is None else value * stderr)
 
@@ -67,10 +83,12 @@ class BitsPerByte(_Quality):
     higher_is_better = False
 
     def measure(self, context: Context) -> Result:
-        nll, size = _text(context, scores(context))
+        nll, size = (values.sum(1) for values in _text(context, scores(context)))
         bits = nll / math.log(2)
-        value, stderr = ratio(bits, size)
-        return self.result(context, value, stderr=stderr, samples=(bits / size.mean()).tolist())
+        owners = documents(context)
+        value, stderr = ratio(bits, size, owners)
+        samples = (bits / size.mean()).tolist()
+        return self.result(context, value, stderr=stderr, samples=samples, documents=owners)
 
 
 class KL(_Quality):
@@ -84,9 +102,7 @@ class KL(_Quality):
     def measure(self, context: Context) -> Result:
         found = scores(context, compare=True)
         assert found.kl is not None
-        value, stderr = ratio(found.kl, found.count)
-        samples = (found.kl / found.count).tolist()
-        return self.result(context, value, stderr=stderr, samples=samples)
+        return self._mean(context, found.kl, found.count)
 
 
 class Top1Agreement(_Quality):
@@ -100,26 +116,26 @@ class Top1Agreement(_Quality):
     def measure(self, context: Context) -> Result:
         found = scores(context, compare=True)
         assert found.agree is not None
-        value, stderr = ratio(found.agree, found.count)
-        samples = (found.agree / found.count).tolist()
-        return self.result(context, value, stderr=stderr, samples=samples)
+        return self._mean(context, found.agree, found.count)
 
 
-def ratio(values: Tensor, weights: Tensor) -> tuple[float, float | None]:
-    """Σ values / Σ weights and its standard error over windows; float64 [windows] each.
+def ratio(
+    values: Tensor, weights: Tensor, owners: Sequence[int] = ()
+) -> tuple[float, float | None]:
+    """Σ values / Σ weights and its standard error; float64 [examples] each.
 
-    The standard error is None for a single window.
+    ``owners`` are the examples' documents. The standard error is None for a single example.
     """
-    count, total = len(values), weights.sum()
+    total = weights.sum()
     estimate = values.sum() / total
-    if count < 2:
+    if len(values) < 2:
         return estimate.item(), None
-    residuals = values - estimate * weights
-    return estimate.item(), ((count / (count - 1) * residuals.square().sum()).sqrt() / total).item()
+    residuals = (values - estimate * weights).tolist()
+    return estimate.item(), spread(by_document(residuals, owners)) / total.item()
 
 
 def _text(context: Context, found: Scores) -> tuple[Tensor, Tensor]:
-    """Sums of nll and of bytes."""
+    """nll and bytes of each prediction."""
     if found.nll is None or found.bytes is None:
         raise NotMeasurable(
             f"{type(context.model).__name__} predicts no tokens; it can be measured by kl, "

@@ -1,4 +1,4 @@
-"""One pass over the windows, from which every quality metric is read."""
+"""One pass over the examples, from which every quality metric is read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from compress.errors import ModelError, NotMeasurable
 from compress.objective import IGNORED, Examples
+from eval.labelled import Padded
 from eval.metrics.base import ANY_MODEL, Context
 from eval.metrics.examples import from_context
 
@@ -19,13 +20,13 @@ CHUNK = 1 << 24  # logits that are float32 at one time, at most
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over the predictions of each window, float64 [windows]; None where not measured.
+    """What each prediction scored, float64 [windows, positions], 0 where nothing is predicted.
 
-    nll    −log p(target) in nats
-    bytes  UTF-8 bytes of the targets
+    count  1 where something is predicted
+    nll    −log p(target) in nats; None where there are no targets, or no original
+    bytes  UTF-8 bytes of the target
     kl     KL(original ‖ checkpoint) in nats
-    agree  predictions whose most likely token is the original's
-    count  predictions
+    agree  1 where the most likely token is the original's
     """
 
     count: Tensor
@@ -72,62 +73,57 @@ def run(
         NotMeasurable: the model's output has no logits that stand for a choice.
         ModelError: the two models choose among different numbers of things.
     """
-    count = len(examples)
-    size = _batch(examples, model, batch)
-    sums = {name: torch.zeros(count, dtype=torch.float64)
-            for name in ("count", "nll", "bytes", "kl", "agree")}  # fmt: skip
+    count, size = len(examples), batch_size(examples, model, batch)
+    found: list[dict[str, Tensor]] = []
     for start in range(0, count, size):
         rows = slice(start, start + size)
-        logits = _logits(examples, model, rows)
+        logits = class_logits(examples, model, rows)
         theirs = logits
         if reference is not None and reference is not model:
-            theirs = _logits(examples, reference, rows)
+            theirs = class_logits(examples, reference, rows)
             if theirs.shape != logits.shape:
                 raise ModelError(
                     f"the checkpoint's logits are {list(logits.shape)}, the original's are "
                     f"{list(theirs.shape)}; compare with a model of the same vocabulary"
                 )
         for i in range(len(logits)):
-            window = start + i
-            ours, original, targets = logits[i], theirs[i] if reference is not None else None, None
-            if examples.targets is not None and examples.token_bytes is not None:
-                kept = (examples.targets[window] != IGNORED).nonzero()[:, 0]
-                targets = examples.targets[window, kept]
-                sums["bytes"][window] = examples.token_bytes[window, kept].sum()
-                ours = ours[kept.to(ours.device)]
-                original = original[kept.to(ours.device)] if original is not None else None
-            part = _window(ours, targets, original)
-            for name, value in part.items():
-                sums[name][window] = value
-    text, compared = examples.targets is not None, reference is not None
+            targets = None if examples.targets is None else examples.targets[start + i]
+            found.append(_window(logits[i], targets, None if reference is None else theirs[i]))
+    values = {name: torch.stack([window[name] for window in found]) for name in found[0]}
+    counted = values["count"]
+    size_of = examples.token_bytes if examples.targets is not None else None
     return Scores(
-        count=sums["count"],
-        nll=sums["nll"] if text else None,
-        bytes=sums["bytes"] if text else None,
-        kl=sums["kl"] if compared else None,
-        agree=sums["agree"] if compared else None,
+        count=counted,
+        nll=values.get("nll"),
+        bytes=None if size_of is None else size_of * counted,
+        kl=values.get("kl"),
+        agree=values.get("agree"),
     )
 
 
-def _window(logits: Tensor, targets: Tensor | None, theirs: Tensor | None) -> dict[str, float]:
-    """Sums over one window: logits [predictions, choices], of which a few at a time are float32."""
-    sums = {"count": float(len(logits)), "nll": 0.0, "kl": 0.0, "agree": 0.0}
-    step = max(1, CHUNK // logits.shape[-1])
-    for start in range(0, len(logits), step):
-        rows = slice(start, start + step)
-        log_p = logits[rows].float().log_softmax(-1)
+def _window(logits: Tensor, targets: Tensor | None, theirs: Tensor | None) -> dict[str, Tensor]:
+    """Of one window: logits [positions, choices], of which a few at a time are float32."""
+    places = torch.arange(len(logits))
+    if targets is not None:
+        places = (targets != IGNORED).nonzero()[:, 0]
+    names = ["count", *(["nll"] if targets is not None else []),
+             *(["kl", "agree"] if theirs is not None else [])]  # fmt: skip
+    values = {name: torch.zeros(len(logits), dtype=torch.float64) for name in names}
+    values["count"][places] = 1
+    for rows in places.split(max(1, CHUNK // logits.shape[-1])):
+        log_p = logits[rows.to(logits.device)].float().log_softmax(-1)
         if targets is not None:
             chosen = targets[rows].to(log_p.device)
-            sums["nll"] -= log_p.gather(1, chosen[:, None]).double().sum().item()
+            values["nll"][rows] = -log_p.gather(1, chosen[:, None])[:, 0].double().cpu()
         if theirs is not None:
-            log_q = theirs[rows].float().log_softmax(-1)
+            log_q = theirs[rows.to(theirs.device)].float().log_softmax(-1)
             kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-            sums["kl"] += kl.double().sum().item()
-            sums["agree"] += (log_p.argmax(-1) == log_q.argmax(-1)).sum().item()
-    return sums
+            values["kl"][rows] = kl.double().cpu()
+            values["agree"][rows] = (log_p.argmax(-1) == log_q.argmax(-1)).double().cpu()
+    return values
 
 
-def _logits(examples: Examples, model: PreTrainedModel, rows: slice) -> Tensor:
+def class_logits(examples: Examples, model: PreTrainedModel, rows: slice) -> Tensor:
     """[windows, positions, choices]; a model with one answer for a window has one position."""
     logits = getattr(examples.call(model, rows), "logits", None)
     name = type(model).__name__
@@ -138,11 +134,14 @@ def _logits(examples: Examples, model: PreTrainedModel, rows: slice) -> Tensor:
             f"{name} gives a score, not a choice among tokens or classes; "
             f"it can be measured by {ANY_MODEL}"
         )
+    if logits.dim() > 2 and isinstance(examples, Padded):
+        raise NotMeasurable(f"{name} chooses for every token, not once for a row")
     return logits[:, None] if logits.dim() == 2 else logits
 
 
-def _batch(examples: Examples, model: PreTrainedModel, wanted: int) -> int:
-    if examples.targets is None:
-        return 1  # decoders that classify refuse batches when they have no padding token
+def batch_size(examples: Examples, model: PreTrainedModel, wanted: int) -> int:
+    if examples.targets is None:  # decoders that classify without a padding token refuse batches
+        reads_text = model.main_input_name == "input_ids"
+        return 1 if reads_text and model.config.pad_token_id is None else wanted
     vocabulary = model.config.get_text_config().vocab_size
     return max(1, min(wanted, LOGITS // (examples.targets.shape[1] * vocabulary)))

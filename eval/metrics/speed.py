@@ -1,13 +1,16 @@
 """How fast a checkpoint runs, beside its original in the same process.
 
 The two take turns (A B A B …), so that a machine that slows down or warms up does it to both, and
-medians are reported. One thread by default: two busy threads on two shared cores can collapse.
+medians and quartiles are reported. Several sizes of batch and prompt are timed, as a format that is
+fast for one token may be slow for many. One thread by default: two busy threads on two shared cores
+can collapse.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,62 +30,94 @@ Run = Callable[[], float]  # runs once, returns seconds
 
 @dataclass(frozen=True)
 class _Speed(Metric):
-    batch: int = 1
-    prompt: int = 128
+    """``sizes`` are (batch, prompt): the first gives the value, ``detail`` has them all."""
+
+    sizes: tuple[tuple[int, int], ...] = ()
     repeats: int = 5
 
     unit = "tokens/s"
     higher_is_better = True
     beside_original = True
 
+    @abstractmethod
+    def _longest(self, context: Context) -> int:
+        """The longest prompt that the model takes."""
+
+    @abstractmethod
+    def _run(self, model: PreTrainedModel, batch: int, prompt: int) -> Run:
+        """What is timed at one size."""
+
+    @abstractmethod
+    def _tokens(self, batch: int, prompt: int) -> int:
+        """Tokens read or written in one run."""
+
     def setup(self, context: Context) -> dict[str, Any]:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         return {
             "threads": context.settings.threads,
-            "batch": self.batch,
-            "prompt": self._prompt(context),
+            "sizes": self._sizes(context),
             "repeats": self.repeats,
             "device": device,
         }
 
-    def _prompt(self, context: Context) -> int:
-        return min(self.prompt, context.length)
+    def _sizes(self, context: Context) -> list[list[int]]:
+        longest = self._longest(context)
+        found = [[batch, min(prompt, longest)] for batch, prompt in self.sizes]
+        return [size for i, size in enumerate(found) if size not in found[:i]]
 
-    def _compare(
-        self, context: Context, make: Callable[[PreTrainedModel], Run], tokens: int
-    ) -> Result:
-        """Time the checkpoint and its original; each run is ``tokens`` long."""
-        runs = {"checkpoint": make(context.model)}
+    def measure(self, context: Context) -> Result:
+        self._check(context.model)
+        timed_sizes = [self._time(context, *size) for size in self._sizes(context)]
+        first = timed_sizes[0]
+        detail = {key: value for key, value in first.items() if key not in ("batch", "prompt")}
+        return self.result(context, first["median"], detail=detail | {"sizes": timed_sizes})
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Refuse a model that cannot do it."""
+
+    def _time(self, context: Context, batch: int, prompt: int) -> dict[str, Any]:
+        """Medians and quartiles of the checkpoint's tokens a second, and of its original's."""
+        runs = {"checkpoint": self._run(context.model, batch, prompt)}
         if context.reference is not None and not context.is_original:
-            runs["original"] = make(context.reference)
+            runs["original"] = self._run(context.reference, batch, prompt)
         with threads(context.settings.threads), torch.inference_mode():
             seconds = take_turns(runs, self.repeats)
+        tokens = self._tokens(batch, prompt)
         speeds = {name: [tokens / s for s in times] for name, times in seconds.items()}
-        own = speeds["checkpoint"]
-        value = statistics.median(own)
-        detail: dict[str, Any] = {"min": min(own), "max": max(own)}
+        found = {"batch": batch, "prompt": prompt, **_spread(speeds["checkpoint"])}
         if "original" in speeds:
-            original = statistics.median(speeds["original"])
-            detail |= {"original": original, "ratio": value / original,
-                       "original_min": min(speeds["original"]),
-                       "original_max": max(speeds["original"])}  # fmt: skip
-        return self.result(context, value, detail=detail)
+            original = _spread(speeds["original"])
+            found["original"] = original["median"]
+            found["ratio"] = found["median"] / original["median"]
+            found |= {f"original_{end}": original[end] for end in ("low", "high")}
+        return found
+
+
+def _spread(speeds: list[float]) -> dict[str, float]:
+    """The median and the quartiles."""
+    if len(speeds) == 1:
+        return dict.fromkeys(("median", "low", "high"), speeds[0])
+    low, median, high = statistics.quantiles(speeds, n=4, method="inclusive")
+    return {"median": median, "low": low, "high": high}
 
 
 @dataclass(frozen=True)
 class Prefill(_Speed):
     """Tokens of a prompt that are read in a second: one forward pass of [batch, prompt]."""
 
+    sizes: tuple[tuple[int, int], ...] = ((1, 128), (1, 32), (8, 128))
+
     name = "prefill_tokens_per_s"
 
-    def measure(self, context: Context) -> Result:
-        length = self._prompt(context)
+    def _longest(self, context: Context) -> int:
+        return context.length
 
-        def make(model: PreTrainedModel) -> Run:
-            examples = made_up(model, batch=self.batch, length=length)
-            return lambda: timed(model, lambda: examples.call(model, slice(None)))
+    def _tokens(self, batch: int, prompt: int) -> int:
+        return batch * prompt
 
-        return self._compare(context, make, self.batch * length)
+    def _run(self, model: PreTrainedModel, batch: int, prompt: int) -> Run:
+        examples = made_up(model, batch=batch, length=prompt)
+        return lambda: timed(model, lambda: examples.call(model, slice(None)))
 
 
 @dataclass(frozen=True)
@@ -90,6 +125,7 @@ class Decode(_Speed):
     """Tokens written in a second: ``steps`` greedy steps of one token after a prompt, with the
     key-value cache; the prompt is not timed."""
 
+    sizes: tuple[tuple[int, int], ...] = ((1, 128), (1, 32), (8, 128))
     steps: int = 16
 
     name = "decode_tokens_per_s"
@@ -97,24 +133,23 @@ class Decode(_Speed):
     def setup(self, context: Context) -> dict[str, Any]:
         return super().setup(context) | {"steps": self.steps}
 
-    def _prompt(self, context: Context) -> int:
-        limit = context_length(context.config) or self.prompt + self.steps
-        return max(1, min(self.prompt, limit - self.steps))
+    def _longest(self, context: Context) -> int:
+        limit = context_length(context.config)
+        return context.length if limit is None else max(1, min(context.length, limit - self.steps))
 
-    def measure(self, context: Context) -> Result:
-        name = type(context.model).__name__
-        if family(context.model) != "causal":
+    def _tokens(self, batch: int, prompt: int) -> int:
+        return batch * self.steps
+
+    def _check(self, model: PreTrainedModel) -> None:
+        if family(model) != "causal":
             raise NotMeasurable(
-                f"{name} does not write text token by token; "
+                f"{type(model).__name__} does not write text token by token; "
                 "its speed can be measured by prefill_tokens_per_s"
             )
-        length = self._prompt(context)
 
-        def make(model: PreTrainedModel) -> Run:
-            prompt = made_up(model, batch=self.batch, length=length).inputs["input_ids"]
-            return lambda: self._decode(model, prompt.to(model.device))
-
-        return self._compare(context, make, self.batch * self.steps)
+    def _run(self, model: PreTrainedModel, batch: int, prompt: int) -> Run:
+        tokens = made_up(model, batch=batch, length=prompt).inputs["input_ids"]
+        return lambda: self._decode(model, tokens.to(model.device))
 
     def _decode(self, model: PreTrainedModel, prompt: torch.Tensor) -> float:
         output = model(input_ids=prompt, use_cache=True)

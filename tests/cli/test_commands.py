@@ -189,6 +189,34 @@ def test_report(compress: Run, done: Path, tmp_path: Path) -> None:
     assert answer.code == 0
     assert {p.suffix for p in tmp_path.glob("r*")} >= {".html", ".md", ".png"}
     assert "r.html" in answer.err.replace("\n", "")
+    answer = compress("report", *folders, "--out", tmp_path / "b.html", "--metric", "size_bytes")
+    assert "size_bytes minus the original" in (tmp_path / "b.html").read_text()
+    assert (tmp_path / "b.csv").read_text().startswith("checkpoint,metric,")
+
+
+def test_eval_of_tasks_and_of_a_data_set(compress: Run, done: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    folder = done / "dense"
+    answer = compress("eval", folder, "--tasks", "demo_brackets", "--limit", 4, "--json")
+    assert (answer.code, answer.err) == (0, "")
+    (row,) = [json.loads(line) for line in answer.out.splitlines()]
+    assert (row["metric"], row["unit"]) == ("task:demo_brackets", "acc")
+    options = ["--metrics", "size_bytes", "--tasks", "demo_brackets", "--limit", 4]
+    answer = compress("eval", folder, *options)
+    assert "brackets" in answer.out
+    assert "bytes" in answer.out
+    answer = compress("eval", folder, "--metrics", "accuracy", "--dataset", "x.csv")
+    assert answer.code == 3
+    assert "give --dataset" in answer.line
+    answer = compress("eval", folder, "--dataset", "x.csv", "--columns", "text")
+    assert answer.code == 2
+    assert "--columns text: write KEY=VALUE" in answer.line
+
+
+def test_push_is_refused_without_a_name(compress: Run, done: Path) -> None:
+    answer = compress("push", done / "dense", "--to", "nobody")
+    assert answer.code == 2
+    assert "expected USER/NAME" in answer.line
 
 
 def test_verify(compress: Run, done: Path, tmp_path: Path) -> None:
@@ -245,6 +273,6 @@ def test_explain(name: str, compress: Run) -> None:
 def test_help(compress: Run) -> None:
     answer = compress("--help")
     assert answer.code == 0
-    for command in ("run", "apply", "eval", "report", "verify", "list", "explain"):
+    for command in ("run", "apply", "eval", "report", "verify", "push", "list", "explain"):
         assert command in answer.out
         assert compress(command, "--help").code == 0

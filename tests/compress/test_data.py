@@ -49,11 +49,12 @@ def read(source: str, tokenizer: Any, part: Any, **options: Any) -> Windows:
     return windows(source, tokenizer, part=part, **given)
 
 
+def texts(source: str, part: Any, seed: int = 0) -> list[str]:
+    return [document.read() for document in data_module.documents(source, part, seed)]
+
+
 def keys(source: str, part: Any, seed: int = 0) -> list[str]:
-    return [
-        hashlib.sha256(text.encode()).hexdigest()
-        for text in data_module._ordered(source, part, seed)
-    ]
+    return [hashlib.sha256(text.encode()).hexdigest() for text in texts(source, part, seed)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,19 +71,17 @@ def test_calibration_and_evaluation_share_nothing(sources: dict[str, str], kind:
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
 def test_rows_are_all_used_and_no_line_is_in_both_parts(sources: dict[str, str], kind: str) -> None:
-    parts = [
-        set(data_module._ordered(sources[kind], part, 0)) for part in ("calibration", "evaluation")
-    ]  # type: ignore[arg-type]
+    parts = [set(texts(sources[kind], part)) for part in ("calibration", "evaluation")]
     assert parts[0] | parts[1] == set(documents())
     lines = [{line for text in part for line in text.splitlines()} for part in parts]
     assert not lines[0] & lines[1]
 
 
 def test_a_plain_file_is_cut_at_line_ends_and_loses_nothing(sources: dict[str, str]) -> None:
-    texts = [text for _, text in data_module._documents(sources["txt"])]
-    assert "".join(map(str, texts)) == "".join(documents())
-    assert len(texts) > 4
-    assert all(str(text).endswith("\n") for text in texts)
+    chunks = [str(d.content) for d in data_module._documents(sources["txt"])]
+    assert "".join(chunks) == "".join(documents())
+    assert len(chunks) > 4
+    assert all(chunk.endswith("\n") for chunk in chunks)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -99,6 +98,30 @@ def test_windows_are_the_same_every_time(
         "name": sources[kind], "part": "calibration", "hash": first.hash,
         "windows": 5, "length": 64,
     }  # fmt: skip
+
+
+def test_tokens_know_their_documents_and_what_is_said_of_them(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    rows = [{"text": text, "language": f"l{i % 3}", "tags": ["no"], "stars": i}
+            for i, text in enumerate(documents())]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read(str(path), tokenizer, "evaluation")
+    assert found.documents is not None
+    for tokens, owners in zip(found.tokens, found.documents, strict=True):
+        for owner in owners.unique().tolist():
+            columns = found.columns[owner]
+            assert set(columns) == {"language", "stars"}
+            text = tokenizer.decode(tokens[owners == owner], skip_special_tokens=True)
+            assert text.strip("\ufffd") in rows[columns["stars"]]["text"]
+
+
+def test_a_folder_of_texts_names_their_domains(sources: dict[str, str], tokenizer: Any) -> None:
+    found = read(sources["folder"], tokenizer, "evaluation")
+    assert {columns["domain"] for columns in found.columns} == {"deep"}
+    demo = read("demo", tokenizer, "evaluation")
+    assert {"top level", "encodings"} < {columns["domain"] for columns in demo.columns}
 
 
 def test_the_seed_decides_which_documents_come_first(tokenizer: Any) -> None:
@@ -142,13 +165,13 @@ def test_a_long_document_takes_turns(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"text": f"{name}\n" * 4000} for name in ("alpha", "beta", "gamma", "delta", "eps")]
     path = tmp_path / "long.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = list(data_module._ordered(str(path), "calibration", 0))
-    assert len(texts) > 1
+    whole = texts(str(path), "calibration")
+    assert len(whole) > 1
     found = read(str(path), tokenizer, "calibration", length=data_module.PER_DOCUMENT)
     share = data_module.PER_DOCUMENT
-    for text, window in zip(texts, found.tokens, strict=False):
+    for text, window in zip(whole, found.tokens, strict=False):
         assert window.tolist() == tokenizer(text, add_special_tokens=False)["input_ids"][:share]
-    total = sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+    total = sum(len(tokenizer(text)["input_ids"]) + 1 for text in whole)
     assert len(found) == total // share  # what was left over comes after
 
 

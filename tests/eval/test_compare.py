@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from compress.errors import DataError
-from eval.compare import Difference, paired, t_quantile_975
+from eval.compare import Difference, by_document, difference, paired, t_quantile
 from eval.results import Result
 
 TEXT = {"hash": "5be1c0ffee"}
@@ -45,7 +46,10 @@ def test_against_the_formula_written_out() -> None:
 def test_identical_results_do_not_differ() -> None:
     same = result(drawn(1))
     assert paired(same, same) == Difference(
-        "nll", 0.0, 0.0, 0.0, 0.0, 40, "no measurable difference"
+        "nll", 0.0, 0.0, 0.0, 0.0, 40, "no measurable difference", 40, None
+    )
+    assert paired(same, same).words == (
+        "no measurable difference over 40 examples: equal in every one"
     )
 
 
@@ -85,12 +89,99 @@ def test_the_interval_holds_the_truth_19_times_in_20() -> None:
     assert inside / 2000 == pytest.approx(0.95, abs=0.015)
 
 
+def coverage(draw: Any, trials: int = 1500, **options: Any) -> float:
+    """How often the interval of ``difference`` holds the truth, 0."""
+    inside = 0
+    for seed in range(trials):
+        values, documents = draw(random.Random(seed))
+        ones = [1.0] * len(values)
+        found = difference("x", values, ones, documents, higher_is_better=True, **options)
+        inside += found.low <= 0 <= found.high
+    return inside / trials
+
+
+def clustered(noise: random.Random) -> tuple[list[float], list[int]]:
+    """24 documents of 1 to 8 windows that share half of the variance."""
+    values, documents = [], []
+    for document in range(24):
+        shared = noise.gauss(0, 1)
+        for _ in range(noise.randint(1, 8)):
+            values.append(shared + noise.gauss(0, 1))
+            documents.append(document)
+    return values, documents
+
+
+def test_windows_of_one_document_are_not_counted_as_independent() -> None:
+    assert coverage(clustered) == pytest.approx(0.94, abs=0.02)
+    assert coverage(lambda noise: (clustered(noise)[0], [])) < 0.80
+
+
+def test_skewed_differences_are_covered_nearly_as_often() -> None:
+    def draw(noise: random.Random) -> tuple[list[float], list[int]]:
+        return [noise.expovariate(1) - 1 for _ in range(64)], []
+
+    assert coverage(draw) == pytest.approx(0.94, abs=0.02)
+
+
+@pytest.mark.parametrize(("count", "changed"), [(40, 0.05), (40, 0.4), (250, 0.04)])
+def test_scores_of_right_and_wrong_are_covered(count: int, changed: float) -> None:
+    def draw(noise: random.Random) -> tuple[list[float], list[int]]:
+        return [noise.choice((-1, 1)) * (noise.random() < changed) for _ in range(count)], []
+
+    assert coverage(draw, binary=True) >= 0.935
+    plain = coverage(draw)
+    assert count * changed > 2 or plain > 0.96  # intervals of length zero, which hold 0 by luck
+
+
+def test_right_and_wrong_with_half_a_pair_in_each_cell() -> None:
+    a, b = [1.0] * 30 + [0.0] * 10, [1.0] * 26 + [0.0] * 13 + [1.0]
+    found = paired(result(a, "acc", higher_is_better=True), result(b, "acc"))
+    up, down, count = 4.5, 1.5, 42  # the 2 × 2 table's other diagonal, and all pairs
+    stderr = (up + down - (up - down) ** 2 / count) ** 0.5 / count
+    assert found.mean == pytest.approx(3 / 40)
+    assert found.low == pytest.approx((up - down) / count - 1.959964 * stderr)
+    assert found.high == pytest.approx((up - down) / count + 1.959964 * stderr)
+    assert paired(result(a, "acc"), result(a, "acc")).high > 0.01  # equal, but of 40 only
+
+
+def test_the_sample_size_that_is_called_needed_is_enough_four_times_in_five() -> None:
+    values = [0.16 + (-1) ** i for i in range(100)]
+    found = difference("x", values, [1.0] * 100, higher_is_better=True)
+    assert found.verdict == "no measurable difference"
+    assert found.needed is not None
+    assert f"about {found.needed:,} would settle" in found.words
+    spread = found.stderr * 100**0.5
+    seen = 0
+    for seed in range(300):
+        noise = random.Random(seed)
+        sample = [noise.gauss(found.mean, spread) for _ in range(found.needed)]
+        again = difference("x", sample, [1.0] * len(sample), higher_is_better=True)
+        seen += again.verdict == ("better" if found.mean > 0 else "worse")
+    assert seen / 300 == pytest.approx(0.8, abs=0.07)
+
+
+def test_units_are_documents_where_there_are_at_least_two() -> None:
+    assert by_document([1.0, 2.0, -3.0], [7, 8, 7]) == [-2.0, 2.0]
+    assert by_document([1.0, 2.0, -3.0], [7, 7, 7]) == [1.0, 2.0, -3.0]
+    rows = [result([1.0, 2.0, 4.0], documents=[0, 0, 1]), result([1.0, 1.0, 1.0])]
+    found = paired(*rows)
+    e = [0 + 1 - 2 * 4 / 3, 3 - 4 / 3]
+    assert found.stderr == pytest.approx((2 * (e[0] ** 2 + e[1] ** 2)) ** 0.5 / 3)
+    assert (found.windows, found.documents) == (3, 2)
+
+
 @pytest.mark.parametrize(
     ("degrees", "value"),
-    [(1, 12.7062), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227), (10**6, 1.95997)],
-)
+    [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (9, 2.26216), (30, 2.04227),
+     (1000, 1.96234), (10**6, 1.95997)],
+)  # fmt: skip
 def test_t_quantile_against_tables(degrees: int, value: float) -> None:
-    assert t_quantile_975(degrees) == pytest.approx(value, rel=5e-4)
+    assert t_quantile(0.975, degrees) == pytest.approx(value, rel=5e-6)
+
+
+def test_t_quantile_far_out() -> None:
+    assert t_quantile(0.9975, 4) == pytest.approx(5.59757, rel=1e-6)
+    assert t_quantile(0.9995, 7) == pytest.approx(5.40788, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def test_threads_are_given_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "tokens"), [(Prefill(batch=2, prompt=10, repeats=3), 20), (Decode(repeats=3), 16)]
+    ("metric", "tokens"),
+    [(Prefill(sizes=((2, 10),), repeats=3), 20), (Decode(sizes=((2, 5),), repeats=3), 32)],
 )
 def test_speed_is_tokens_over_median_seconds(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, metric: Any, tokens: int
@@ -142,10 +143,14 @@ def test_speed_is_tokens_over_median_seconds(
     given = context(folders["llama"], None, original=folders["other llama"])
     row = metric.measure(given)
     assert row.value == tokens / 2
-    assert row.detail == {
-        "min": tokens / 4, "max": tokens, "original": tokens / 20, "ratio": 10,
-        "original_min": tokens / 40, "original_max": tokens / 10,
+    spread = {
+        "median": tokens / 2, "low": 3 * tokens / 8, "high": 3 * tokens / 4, "ratio": 10,
+        "original": tokens / 20, "original_low": 3 * tokens / 80, "original_high": 3 * tokens / 40,
     }  # fmt: skip
+    batch, prompt = metric.sizes[0]
+    (size,) = row.detail.pop("sizes")
+    assert size == pytest.approx({"batch": batch, "prompt": prompt} | spread)
+    assert row.detail == pytest.approx(spread)
     assert row.setup["threads"] == 1
     assert row.setup["repeats"] == 3
 
@@ -156,8 +161,11 @@ def test_decode_feeds_one_token_at_a_time(folders: dict[str, str]) -> None:
     given.model.register_forward_pre_hook(
         lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    Decode(repeats=1, steps=3, prompt=7).measure(given)
-    assert lengths == 2 * [7, 1, 1, 1]
+    row = Decode(sizes=((1, 7), (2, 5), (1, 7)), repeats=1, steps=3).measure(given)
+    assert lengths == 2 * [7, 1, 1, 1] + 2 * [5, 1, 1, 1]
+    assert row.setup["sizes"] == [[1, 7], [2, 5]]
+    assert [size["batch"] for size in row.detail["sizes"]] == [1, 2]
+    assert Decode(sizes=((1, 700),), repeats=1, steps=50).setup(given)["sizes"] == [[1, 12]]
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

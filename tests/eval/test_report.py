@@ -5,6 +5,7 @@ The numbers are drawn, but ordered as real ones are: 8 bits cost nothing, 2 bits
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import yaml
@@ -21,7 +23,7 @@ from eval.chart import WIDTH, Point, bytes_text, pareto, specification
 from eval.labels import place
 from eval.measured import read_checkpoint
 from eval.report import write_report
-from eval.results import Result, write
+from eval.results import Part, Result, write
 from eval.table import gap, number, plus_minus, share
 
 ORIGINAL = 2_892_912
@@ -66,9 +68,15 @@ def results(folder: Path, size: float, loss: float, base: list[float]) -> list[R
     cut = len(WRITTEN) if loss < 0.001 else noise.randrange(5, 40)
     text = {"prompt": PROMPT, "completion": WRITTEN[:cut] + WRITTEN[cut:][::-1]}
     prefill, decode = 5200 * noise.uniform(0.6, 1.1), 310 * noise.uniform(0.7, 1.6)
+    right = [float(noise.random() < 0.8 - 0.3 * min(loss, 1)) for _ in range(WINDOWS)]
+    sizes = [{"batch": batch, "prompt": 128, "median": 300.0 * batch, "low": 290.0 * batch,
+              "high": 310.0 * batch, "ratio": 1.25} for batch in (1, 8)]  # fmt: skip
     return [
         row("nll", nll, "nats/token", stderr=0.03, samples=samples, data=TEXT,
-            setup={"seed": 0, "weights": folder.name}),
+            setup={"seed": 0, "weights": folder.name}, slices=halves(samples, loss)),
+        row("task:demo_brackets", sum(right) / WINDOWS, "acc", stderr=0.05, samples=right,
+            data={"name": "demo_brackets", "hash": "b4ac", "examples": WINDOWS},
+            higher_is_better=True),
         row("perplexity", 2.718281828**nll, "perplexity", data=TEXT),
         row("bits_per_byte", nll / 2.4, "bits/byte", data=TEXT),
         row("kl", loss * 0.9, "nats/token", data=TEXT),
@@ -76,9 +84,20 @@ def results(folder: Path, size: float, loss: float, base: list[float]) -> list[R
         row("size_bytes", size, "bytes"),
         row("bits_per_param", 8 * size / 1_438_208, "bits/parameter"),
         row("prefill_tokens_per_s", prefill, "tokens/s", detail={"ratio": prefill / 5200}),
-        row("decode_tokens_per_s", decode, "tokens/s", detail={"ratio": decode / 310}),
+        row("decode_tokens_per_s", decode, "tokens/s",
+            detail={"ratio": decode / 310, "sizes": sizes}),
         row("generation", None, "share", detail={"texts": [text]}),
     ]  # fmt: skip
+
+
+def halves(samples: list[float], loss: float) -> dict[str, dict[str, Part]]:
+    """The windows' predictions, of which rare tokens pay 1.6 times the loss and common ones 0.4."""
+    places = list(range(len(samples)))
+    counts = [100.0] * len(samples)
+    rare = [100 * (x + 0.6 * loss) for x in samples]
+    common = [100 * (x - 0.6 * loss) for x in samples]
+    return {"token frequency": {"≤ 30": Part(examples=places, sums=rare, counts=counts),
+                                "> 30": Part(examples=places, sums=common, counts=counts)}}
 
 
 def record(name: str, size: float, error: float, stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -130,7 +149,8 @@ def make_all(root: Path) -> list[Path]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("report")
     out = root / "report.html"
-    assert write_report(make_all(root), out) == [out, root / "report.md", root / "report.png"]
+    files = [root / f"report.{kind}" for kind in ("html", "md", "png", "csv")]
+    assert write_report(make_all(root), out) == files
     return out
 
 
@@ -169,6 +189,7 @@ def test_the_story_is_told_from_the_data(report: Path) -> None:
     assert "healed low-rank" in page
     assert "svd ratio=0.5 → lora rank=8" in page
     assert "compress apply" in page
+    assert "--data demo" in page
     assert "hash 5be1c0ffee1234ab" in page
     assert "torch 2.13.0" in page
     assert "Peak memory" not in page  # no checkpoint has it
@@ -177,11 +198,58 @@ def test_the_story_is_told_from_the_data(report: Path) -> None:
 def test_markdown_is_complete(report: Path) -> None:
     markdown = report.with_suffix(".md").read_text()
     assert "![Quality against size](report.png)" in markdown
-    header, rule, *rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len(rows) == 1 + len(SAMPLE)
-    assert {line.count("|") for line in (header, rule, *rows)} == {header.count("|")}
+    tables: list[list[str]] = [[]]
+    for line in markdown.splitlines():
+        if line.startswith("|"):
+            tables[-1].append(line)
+        elif tables[-1]:
+            tables.append([])
+    numbers, tasks, slices, *_ = tables
+    assert len(numbers) == len(tasks) == 2 + 1 + len(SAMPLE)
+    assert len(slices) == 2 + len(SAMPLE)
+    for table in (numbers, tasks, slices):
+        assert {line.count("|") for line in table} == {table[0].count("|")}
     assert "```yaml\nmodel: demo" in markdown
     assert report.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_slices_and_tasks_are_told(report: Path) -> None:
+    page = report.read_text()
+    assert re.search(r"<b>svd-50</b>.*?token frequency ≤ 30: \+1\.4\d", page, re.DOTALL)
+    assert page.count("none stands out") <= 3
+    assert 'class="worst"' in page
+    assert re.search(r"<button[^>]*>demo_brackets</button><small>acc, 64 examples</small>", page)
+    assert "would settle it" in page
+    assert "write, batch 8, prompt 128" in page
+    assert "<button type=\"button\">task:demo_brackets" not in page  # said once
+
+
+def test_csv_has_every_number(report: Path) -> None:
+    with report.with_suffix(".csv").open(newline="") as stream:
+        lines = list(csv.DictReader(stream))
+    of = {(line["checkpoint"], line["metric"], line["slice"]): line for line in lines}
+    assert float(of["rtn-4", "size_bytes", ""]["value"]) == SAMPLE["rtn-4"][0]
+    whole, rare = of["rtn-4", "nll", ""], of["rtn-4", "nll", "≤ 30"]
+    assert float(whole["difference"]) == pytest.approx(0.048, abs=0.01)
+    assert whole["verdict"] == rare["verdict"] == "worse"
+    assert float(rare["difference"]) > float(whole["difference"])
+    assert (rare["column"], whole["column"]) == ("token frequency", "")
+    assert of["pycoder-1m", "nll", ""]["difference"] == ""
+    assert of["int8", "nll", ""]["needed"]
+    assert {line["metric"] for line in lines} >= {"task:demo_brackets", "kl", "perplexity"}
+
+
+def test_a_classifier_is_charted_by_its_accuracy(tmp_path: Path) -> None:
+    folders = [make(tmp_path, name) for name in ("pycoder-1m", "int8", "nf4")]
+    for folder in folders:
+        path = folder / "results.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        kept = [row for row in rows if row["metric"] in ("task:demo_brackets", "size_bytes")]
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    page, *_ = write_report(folders, tmp_path / "report.html")
+    assert "task:demo_brackets minus the original" in page.read_text()
+    assert "--dataset" not in page.read_text()
+    assert "Higher is better" in page.read_text()
 
 
 def test_missing_results_say_what_to_run(tmp_path: Path) -> None:
@@ -210,7 +278,7 @@ def test_out_must_be_html(tmp_path: Path) -> None:
 def test_a_hostile_name_stays_text(tmp_path: Path) -> None:
     name = "</script><img src=x onerror=alert(1)>|`*"
     folders = [make(tmp_path, "pycoder-1m"), make(tmp_path, "int8", title=name)]
-    page, markdown, _ = write_report(folders, tmp_path / "report.html")
+    page, markdown, *_ = write_report(folders, tmp_path / "report.html")
     assert "<img src=x" not in page.read_text()
     assert page.read_text().count("</script>") == 2
     assert "<img" not in markdown.read_text().replace("\\<", "")
@@ -352,35 +420,94 @@ def test_places_do_not_overlap() -> None:
 CHROMIUM = shutil.which("chromium")
 
 
-def chromium(page: Path, profile: Path, *options: str) -> str:
+def chromium(page: Path, profile: Path, *options: str) -> tuple[str, str]:
+    """What it prints, and what it logs: the console of the page among it."""
     assert CHROMIUM
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
                "--disable-background-networking", "--disable-component-update", "--disable-sync",
-               "--window-size=1280,2400", f"--user-data-dir={profile}", *options,
-               page.as_uri()]  # fmt: skip
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+               "--disable-quic", "--enable-logging=stderr", "--virtual-time-budget=5000",
+               f"--user-data-dir={profile}", *options, page.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, done.stderr
+
+
+WATCH = """<script>
+  window.wrong = [];
+  addEventListener("error", event => wrong.push(event.message));
+  addEventListener("unhandledrejection", event => wrong.push(String(event.reason)));
+  for (const kind of ["error", "warn"]) console[kind] = (...said) => wrong.push(said.join(" "));
+</script>"""
+USE = """<script>
+  const said = {}, table = document.getElementById("checkpoints");
+  const keys = column => [...table.tBodies[0].rows].map(row => row.cells[column].dataset.sort);
+  const size = [...table.querySelectorAll("thead button")].find(b => b.textContent === "Size");
+  size.focus();
+  said.focused = document.activeElement === size;
+  size.click();
+  said.up = keys(1);
+  size.click();
+  said.down = keys(1);
+  for (const other of document.querySelectorAll("table.sortable"))
+    for (const button of other.querySelectorAll("thead button")) button.click();
+  document.querySelector(".slices thead tr:last-child button").click();
+  said.names = [...document.querySelector(".slices tbody").rows].map(row => row.cells[0].innerText);
+  size.click();
+  setTimeout(() => {
+    const point = [...document.querySelectorAll("#chart path")]
+      .find(path => (path.getAttribute("aria-label") ?? "").startsWith("rtn-4:"));
+    const box = point.getBoundingClientRect();
+    const at = {bubbles: true, clientX: box.x + 2, clientY: box.y + 2};
+    for (const kind of ["pointerover", "mouseover", "pointermove", "mousemove"])
+      point.dispatchEvent(new (kind[0] === "p" ? PointerEvent : MouseEvent)(kind, at));
+    setTimeout(() => {
+      const tip = document.getElementById("tip");
+      said.tip = tip.hidden ? "" : tip.innerText;
+      said.fetched = performance.getEntriesByType("resource").map(entry => entry.name);
+      said.wide = document.documentElement.scrollWidth > innerWidth;
+      said.wrong = wrong;
+      document.body.dataset.said = encodeURIComponent(JSON.stringify(said));
+    }, 200);
+  }, 2000);
+</script></body>"""
+
+
+def used(report: Path, tmp_path: Path, *options: str) -> tuple[str, dict[str, Any], str]:
+    """The page after it was clicked and hovered: its DOM, what it said, and the log."""
+    page = tmp_path / "used.html"
+    text = report.read_text().replace("<head>", "<head>" + WATCH, 1)
+    page.write_text(text.replace("</body>\n</html>", USE + "</html>"))
+    dom, log = chromium(page, tmp_path / "profile", "--dump-dom", *options)
+    said = re.search(r'data-said="([^"]*)"', dom)
+    assert said, log
+    return dom, json.loads(unquote(said[1])), log
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_the_page_works_in_a_browser(report: Path, tmp_path: Path) -> None:
-    page = tmp_path / "clicked.html"
-    clicks = """<script>
-      const size = [...document.querySelectorAll("#checkpoints thead button")]
-        .find(button => button.textContent === "Size");
-      size.click();
-      document.body.dataset.up = [...body.rows].map(row => row.cells[1].dataset.sort);
-      size.click();
-      document.body.dataset.down = [...body.rows].map(row => row.cells[1].dataset.sort);
-    </script></body>"""
-    page.write_text(report.read_text().replace("</body>\n</html>", clicks + "</html>"))
-    picture = tmp_path / "page.png"
-    dom = chromium(page, tmp_path / "profile", "--virtual-time-budget=5000", "--dump-dom")
-    chromium(page, tmp_path / "profile", "--virtual-time-budget=5000", f"--screenshot={picture}")
+    dom, said, log = used(report, tmp_path, "--window-size=1280,2400")
+    assert said["wrong"] == said["fetched"] == []
+    assert "CONSOLE" not in log
+    assert not re.findall(r"https?://", log)
     for name in ("pycoder-1m", *SAMPLE):
         assert re.search(rf'<path aria-label="{name}: [^"]*Size', dom), name
         assert re.search(rf"<text[^>]*>{name}</text>", dom), name
-    up = [float(v) for v in re.search(r'data-up="([^"]*)"', dom)[1].split(",")]  # type: ignore[index]
-    down = [float(v) for v in re.search(r'data-down="([^"]*)"', dom)[1].split(",")]  # type: ignore[index]
+    up, down = ([float(value) for value in said[way]] for way in ("up", "down"))
     assert up == sorted(up) == down[::-1]
-    assert re.search(r'<th[^>]*aria-sort="descending"[^>]*><button type="button">Size', dom)
+    assert said["focused"] is True
+    assert re.search(r'<th[^>]*aria-sort="\w+"[^>]*><button type="button">Size', dom)
+    assert said["names"] == sorted(SAMPLE)
+    assert said["tip"].startswith("rtn-4")
+    assert "Size" in said["tip"]
+    assert said["wide"] is False
+    picture = tmp_path / "page.png"
+    chromium(report, tmp_path / "profile", "--window-size=1280,2400", f"--screenshot={picture}")
     assert picture.stat().st_size > 50_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_the_page_fits_a_phone_in_the_dark(report: Path, tmp_path: Path) -> None:
+    dark = ["--window-size=500,900", "--blink-settings=preferredColorScheme=0"]
+    dom, said, _ = used(report, tmp_path, *dark)
+    assert said["wrong"] == []
+    assert said["wide"] is False  # tables scroll within themselves
+    assert re.search(r'<path aria-label="rtn-4: ', dom)
