@@ -48,7 +48,7 @@ def shorten(
     prove(source, range(total - compressor.keeps(total), total))  # all change their place
     if distributed.rank():
         return {}
-    work = _Work(source, before, forward_passes(recipe, source))
+    work = _Work(source, before, forward_passes(recipe, source, shared=False))
     free = {site.block for site in stage.sites(source.anatomy) if site.block is not None}
     influence = work.influence()
     gone: list[int] = []
