@@ -163,4 +163,8 @@ def test_units_of_zeros_fill_up_what_should_stay() -> None:
 )  # fmt: skip
 def test_how_much_stays(amount: float, count: int, multiple: int, kept: int) -> None:
     assert Width(amount=amount).keeps(count, multiple) == kept
-    assert Depth(amount=amount).keeps(count) == Width(amount=amount).keeps(count)
+
+
+def test_half_a_block_goes_and_half_a_head_stays() -> None:
+    assert [Depth(amount=0.25).keeps(n) for n in (1, 2, 6, 8, 32)] == [1, 1, 4, 6, 24]
+    assert [Width(amount=0.25).keeps(n) for n in (1, 2, 6, 8, 32)] == [1, 2, 5, 6, 24]

@@ -37,6 +37,10 @@ class Depth(StructureCompressor):
 
     default_targets: ClassVar = ("blocks",)
 
+    def keeps(self, count: int, multiple: int = 1) -> int:
+        """How many of ``count`` blocks stay: the nearest number, and half a block goes."""
+        return max(1, count - int(count * self.amount + 0.5 + 1e-9))
+
 
 def seam(missing: Tensor, moments: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:
     """What to add to a matrix and its bias so that they make what is missing, by ridge regression.
