@@ -4,7 +4,7 @@ A ``Reshaped`` source is what the stages after a structural one see: its config 
 new model's, its folder (tokenizer, teacher, hash) is still the original's. A shape is expressed as
 plainly as it can be: by the config alone; for a Llama whose heads no longer fill its width by the
 config of a Mistral, which is the same model; else by ``compressed_shapes``, which needs the
-modelling file. Whether an expression is right is not known here: ``structure`` tries it.
+modelling file. Whether an expression is right is not known here: the stages try it.
 """
 
 from __future__ import annotations

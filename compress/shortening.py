@@ -21,12 +21,11 @@ from compress.calibration import forward_passes
 from compress.compressors.structure.depth import Depth, seam
 from compress.errors import ModelError
 from compress.events import Event
-from compress.layerwise import record
-from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
 from compress.shape import Reshaped, renamed, shortened
 from compress.source import Source
 from compress.store import Blocks, Part, Store
+from compress.transform import record
 from compress.weights import Dense
 from compress.wiring import Probe, copied, same
 
@@ -80,8 +79,8 @@ def shorten(
             if origin not in repaired or site.role not in WRITERS:
                 continue
             weight = repaired[origin].weights[site.name]
-            problem = LayerProblem(site.name, part.weights[site.name])
-            part.records.append(record(number, stage, site, problem, weight) | {"packs": False})
+            changed = not torch.equal(weight.dense(), part.weights[site.name].dense())
+            part.records.append(record(number, stage, site, weight, changed=changed))
             part.weights[site.name] = weight
             if (bias := repaired[origin].others.get(f"{site.name}.bias")) is not None:
                 part.others[f"{site.name}.bias"] = bias
