@@ -53,8 +53,13 @@ def text(recipe: Recipe, source: Source, samples: int, length: int | None) -> Wi
     )
 
 
-def forward_passes(recipe: Recipe, source: Source) -> list[Callable[[nn.Module], Any]]:
-    """This process' share of the calibration text, in passes of about ``TOKENS`` tokens."""
+def forward_passes(
+    recipe: Recipe, source: Source, *, shared: bool = True
+) -> list[Callable[[nn.Module], Any]]:
+    """This process' share of the calibration text, in passes of about ``TOKENS`` tokens.
+
+    All of it if it is not ``shared``: what one process does for all needs the whole text.
+    """
     wanted = recipe.calibration
     read = text(recipe, source, wanted.samples, wanted.length)
     asked = examples(
@@ -64,7 +69,9 @@ def forward_passes(recipe: Recipe, source: Source) -> list[Callable[[nn.Module],
         load_tokenizer(source.folder),
         seed=recipe.seed,
     )
-    mine = range(distributed.rank(), len(asked), distributed.size())
+    mine = range(len(asked))
+    if shared:
+        mine = mine[distributed.rank() :: distributed.size()]
     if not mine:
         raise DataError(f"{recipe.data}: {len(asked)} windows for {distributed.size()} processes")
     size = max(1, TOKENS // read.tokens.shape[1])

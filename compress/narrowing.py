@@ -23,6 +23,7 @@ from compress.recipe import Recipe, Stage
 from compress.shape import Channels, Reshaped, channels, narrowed, widths
 from compress.source import Source
 from compress.store import Blocks, Part, Store
+from compress.transform import record
 from compress.weights import Dense
 from compress.wiring import Probe, same
 
@@ -117,19 +118,9 @@ def _account(
         for site in (one.reader, *one.makers):
             entry = solved.get(site.name)
             if entry is None:
-                entry = {
-                    "number": number,
-                    "stage": stage.use,
-                    "name": site.name,
-                    "role": site.role,
-                    "block": site.block,
-                    "kind": "dense",
-                    "bytes_before": site.nbytes,
-                    "relative_error": 0.0,
-                    "packs": True,
-                    "kept": True,
-                    "method": "rows removed",
-                }
+                weight = part.weights[site.name]
+                entry = record(number, stage, site, weight, changed=True)
+                entry |= {"bytes_before": site.nbytes, "packs": True, "method": "rows removed"}
                 part.records.append(entry)
             entry |= {"shape": shapes[site.name], "bytes": part.weights[site.name].nbytes}
 

@@ -4,7 +4,7 @@ A ``Reshaped`` source is what the stages after a structural one see: its config 
 new model's, its folder (tokenizer, teacher, hash) is still the original's. A shape is expressed as
 plainly as it can be: by the config alone; for a Llama whose heads no longer fill its width by the
 config of a Mistral, which is the same model; else by ``compressed_shapes``, which needs the
-modelling file. Whether an expression is right is not known here: ``structure`` tries it.
+modelling file. Whether an expression is right is not known here: the stages try it.
 """
 
 from __future__ import annotations
@@ -36,14 +36,21 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "
 
 
 class Reshaped(Source):
-    """``before`` with only some of its ``layers``, and ``changes`` of its config.json."""
+    """``before`` with only some of its ``layers``, and ``changes`` of its config.json.
+
+    Raises:
+        ModelError: transformers rejects the config.
+    """
 
     def __init__(self, before: Source, layers: Sequence[int], changes: Mapping[str, Any]) -> None:
         self._original = before.original
         self.name, self.folder, self.files = before.name, before.folder, before.files
         self.changes = {**before.changes, **changes}
         config = {**before.config.to_dict(), **changes}
-        self.config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        try:
+            self.config = CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        except Exception as error:
+            raise ModelError(f"{self.folder}: {config['model_type']} rejects {changes}") from error
         self.model_class = model_class(self.config, self.folder)
         self.skeleton = self.new_skeleton()
         anatomy = anatomize(self.skeleton)
@@ -309,7 +316,13 @@ def predicted(stage: Stage, source: Source) -> Source:
     if not isinstance(compressor, StructureCompressor):
         return source
     if not isinstance(compressor, Width):
-        return shortened(source, range(compressor.keeps(source.anatomy.layers)))
+        layers = source.anatomy.layers
+        if compressor.keeps(layers) == layers:
+            raise RecipeError(
+                f"{stage.use} amount={compressor.amount}: nothing goes; of {layers} blocks that "
+                "would be less than half a block"
+            )
+        return shortened(source, range(compressor.keeps(layers)))
     found = channels(stage, source)
     keep = widths(stage, found)
     if all(keep[one.reader.name] == one.units for one in found):

@@ -21,18 +21,16 @@ from compress.calibration import forward_passes
 from compress.compressors.structure.depth import Depth, seam
 from compress.errors import ModelError
 from compress.events import Event
-from compress.layerwise import record
-from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
 from compress.shape import Reshaped, renamed, shortened
 from compress.source import Source
 from compress.store import Blocks, Part, Store
-from compress.weights import Dense, Weight
-from compress.wiring import Probe, same
+from compress.transform import record
+from compress.weights import Dense
+from compress.wiring import Probe, copied, same
 
 Passes = Sequence[Callable[[nn.Module], Any]]
-Fix = tuple[Site, Weight, Tensor | None]  # a matrix that was repaired, and its bias
-ROWS = 64  # tokens of text that show whether what a matrix writes is simply added
+WRITERS = ("o_proj", "down_proj")  # to the hidden state
 
 
 def shorten(
@@ -46,19 +44,19 @@ def shorten(
     compressor = stage.compressor
     assert isinstance(compressor, Depth)
     total = source.anatomy.layers
-    prove(source, range(compressor.keeps(total)))
+    prove(source, range(total - compressor.keeps(total), total))  # all change their place
     if distributed.rank():
         return {}
-    work = _Work(source, before, forward_passes(recipe, source))
+    work = _Work(source, before, forward_passes(recipe, source, shared=False))
     free = {site.block for site in stage.sites(source.anatomy) if site.block is not None}
     influence = work.influence()
     gone: list[int] = []
     costs = []
-    steps = total - compressor.keeps(total)
-    for step in range(steps):
+    count = total - compressor.keeps(total)
+    for step in range(count):
         left = sorted(free - set(gone), key=lambda i: influence[i])
         if not left:
-            raise ModelError(f"{stage.use}: {steps} blocks should go, and only {len(free)} may")
+            raise ModelError(f"{stage.use}: {count} blocks should go, and only {len(free)} may")
         options = [[*gone, i] for i in left[: compressor.shortlist]]
         if compressor.choose == "influence":
             options = options[:1]
@@ -67,24 +65,26 @@ def shorten(
             costs.append(min(found))
             options = [options[found.index(min(found))]]
         (gone,) = options
-        yield Event(stage.use, step + 1, steps + 1, {})
+        yield Event(stage.use, step + 1, count, {})
     layers = [i for i in range(total) if i not in gone]
     report: dict[str, Any] = {"influence": influence, "dropped": gone, "kl": costs}
-    repaired: dict[int, Fix] = {}
+    repaired: dict[int, Part] = {}
     if compressor.repair:
-        repaired, report["repair"] = work.repair(gone)
+        repaired, report["repair"] = yield from work.repair(gone, following=compressor.following)
     after = prove(source, layers)
     for i, origin in enumerate(after.origins):
+        old, new = source.anatomy.blocks[origin], after.anatomy.blocks[i]
         part = before.read(origin)
-        if origin in repaired:
-            site, weight, bias = repaired[origin]
-            problem = LayerProblem(site.name, part.weights[site.name])
-            part.records.append(record(number, stage, site, problem, weight) | {"packs": False})
+        for site in old.sites:
+            if origin not in repaired or site.role not in WRITERS:
+                continue
+            weight = repaired[origin].weights[site.name]
+            changed = not torch.equal(weight.dense(), part.weights[site.name].dense())
+            part.records.append(record(number, stage, site, weight, changed=changed))
             part.weights[site.name] = weight
-            if bias is not None:
+            if (bias := repaired[origin].others.get(f"{site.name}.bias")) is not None:
                 part.others[f"{site.name}.bias"] = bias
-        store.write(i, moved(part, source.anatomy.blocks[origin], after.anatomy.blocks[i]))
-    yield Event(stage.use, steps + 1, steps + 1, {})
+        store.write(i, moved(part, old, new))
     return {"shape": after.step(source)} | report
 
 
@@ -147,99 +147,109 @@ class _Work:
         return [round(float(1 - x), 6) for x in total / tokens]
 
     @torch.no_grad()
-    def divergences(
-        self, options: Sequence[Sequence[int]], student: nn.Module | None = None
-    ) -> list[float]:
-        """KL(original ‖ student without the blocks) for each of ``options``, nats a token."""
-        student = student or self.original
+    def divergences(self, options: Sequence[Sequence[int]]) -> list[float]:
+        """KL(original ‖ original without the blocks) for each of ``options``, nats a token."""
         total, tokens = [0.0] * len(options), 0
         for forward in self.passes:
             p = _predictions(forward(self.original))
             tokens += len(p)
             for i, gone in enumerate(options):
-                with skipping(student, [self.names[n] for n in gone]):
-                    q = _predictions(forward(student))
-                total[i] += float((p.exp() * (p - q)).sum())
+                with skipping(self.original, [self.names[n] for n in gone]):
+                    total[i] += _divergence(p, _predictions(forward(self.original)))
         return [round(x / tokens, 6) for x in total]
 
-    def repair(self, gone: Sequence[int]) -> tuple[dict[int, Fix], list[dict[str, Any]]]:
-        """By block of the anatomy, what was repaired; and what the record says of every seam."""
+    def repair(
+        self, gone: Sequence[int], *, following: bool
+    ) -> Generator[Event, None, tuple[dict[int, Part], list[dict[str, Any]]]]:
+        """By block of the anatomy, what was repaired; and what the record says of every attempt.
+
+        The run of both models that tells what one repair was worth tells what the next must make.
+        """
         student = assemble(self.source, self.before, torch.float32)
-        fixed: dict[int, Fix] = {}
+        todo = [
+            (i + 1, site)
+            for i, block in _layers(self.source)
+            if i not in gone and (i + 1 in gone or (i > min(gone) and following))
+            for site in block.sites
+            if site.role in WRITERS
+        ]
+        parts = {number: self.before.read(number) for number, _ in todo}
         said: list[dict[str, Any]] = []
-        (kl,) = self.divergences([gone], student)
-        for last in range(len(self.names)):
-            if last in gone or last + 1 not in gone:
-                continue
-            block = self.source.anatomy.blocks[last + 1]
-            writers = [site for site in block.sites if site.role == "down_proj"]
-            if len(writers) != 1 or not self.adds(student, writers[0], self.names[last]):
-                said.append({"block": last, "kept": False, "why": "its output is not a plain sum"})
-                continue
-            (site,) = writers
-            part = self.before.read(last + 1)
-            fix = self.fold(student, gone, last, site, part)
-            self.put(student, fix)
-            (after,) = self.divergences([gone], student)
-            said.append({"block": last, "kl_before": kl, "kl": after, "kept": after < kl})
-            if after < kl:
-                kl, fixed[last + 1] = after, fix
+        kl, sums = self.look(student, gone, todo[0] if todo else None)
+        for i, (number, site) in enumerate(todo):
+            part = parts[number]
+            old = copied(part)
+            fold(part, site, *sums)
+            self.put(student, site, part)
+            following_one = todo[i + 1] if i + 1 < len(todo) else None
+            after, sums = self.look(student, gone, following_one)
+            kept = after < kl
+            said.append({"name": site.name, "kl_before": kl, "kl": after, "kept": kept})
+            if kept:
+                kl = after
             else:
-                bias = part.others.get(f"{site.name}.bias")
-                self.put(student, (site, part.weights[site.name], bias))
-        return fixed, said
+                parts[number] = old
+                self.put(student, site, old)
+                _, sums = self.look(student, gone, following_one)
+            yield Event("repair", i + 1, len(todo), {})
+        return parts, said
 
     @torch.no_grad()
-    def adds(self, model: nn.Module, site: Site, block: str) -> bool:
-        """Whether the block's output is what ``site`` puts out, plus something else."""
-        parameter = model.get_parameter(site.parameter)
-        outputs = []
-        with captured(model, [site.name], [block]) as (read, made):
-            for factor in (1, 2):
-                parameter.mul_(factor)
-                self.passes[0](model)
-                outputs.append(made[block][:ROWS])
-            parameter.div_(2)
-            W = parameter.T if site.layout == "conv1d" else parameter
-            return same(read[site.name][:ROWS] @ W.T, outputs[1] - outputs[0])
+    def look(
+        self, student: nn.Module, gone: Sequence[int], at: tuple[int, Site] | None
+    ) -> tuple[float, tuple[Tensor, Tensor]]:
+        """KL(original ‖ student without the blocks); and for a site in a block ``at``, RᵀA and AᵀA.
 
-    @torch.no_grad()
-    def fold(
-        self, student: nn.Module, gone: Sequence[int], last: int, site: Site, part: Part
-    ) -> Fix:
-        """The matrix that writes before the cut with what is missing after it folded in."""
-        end = last + 1
-        while end + 1 in gone:
-            end += 1
-        after = self.names[end]
-        width, out = site.shape[1], site.shape[0]
-        A, C = torch.zeros(width + 1, width + 1), torch.zeros(out, width + 1)
-        tokens = 0
-        without = [self.names[n] for n in gone]
+        A [tokens, in + 1] is what the site reads, and ones; R [tokens, out] is what the hidden
+        state lacks after the block, or after the cut that follows it.
+        """
+        reads, makes, ends = [], [], []
+        C, H = torch.zeros(0), torch.zeros(0)
+        if at is not None:
+            number, site = at
+            end = number - 1
+            while end + 1 in gone:
+                end += 1
+            reads, makes, ends = [site.name], [self.names[number - 1]], [self.names[end]]
+            rows, columns = site.shape
+            C, H = torch.zeros(rows, columns + 1), torch.zeros(columns + 1, columns + 1)
+        total, tokens = 0.0, 0
         for forward in self.passes:
-            with captured(self.original, [], [after]) as (_, wanted):
-                forward(self.original)
+            with captured(self.original, [], ends) as (_, wanted):
+                p = _predictions(forward(self.original))
             with (
-                skipping(student, without),
-                captured(student, [site.name], [self.names[last]]) as (read, made),
+                skipping(student, [self.names[n] for n in gone]),
+                captured(student, reads, makes) as (read, made),
             ):
-                forward(student)
-            a = F.pad(read[site.name], (0, 1), value=1.0)
-            A.addmm_(a.T, a)
-            C.addmm_((wanted[after] - made[self.names[last]]).T, a)
-            tokens += len(a)
-        weight = part.weights[site.name]
-        bias = part.others.get(f"{site.name}.bias")
-        change, shift = seam(C / tokens, A / tokens, centred=bias is not None)
-        if bias is not None:
-            bias = (bias.float() + shift).to(bias.dtype)
-        return site, Dense.of(weight.dense() + change, weight.dtype), bias
+                total += _divergence(p, _predictions(forward(student)))
+            tokens += len(p)
+            if at is not None:
+                A = F.pad(read[reads[0]], (0, 1), value=1.0)
+                H.addmm_(A.T, A)
+                C.addmm_((wanted[ends[0]] - made[makes[0]]).T, A)
+        return round(total / tokens, 6), (C / tokens, H / tokens)
 
-    def put(self, student: nn.Module, fix: Fix) -> None:
-        site, weight, bias = fix
-        put(student, self.source.anatomy, site.parameter, dense_tensor(site, weight).float())
-        if bias is not None:
+    def put(self, student: nn.Module, site: Site, part: Part) -> None:
+        """The matrix and the bias of ``site`` as ``part`` has them."""
+        dense = dense_tensor(site, part.weights[site.name]).float()
+        put(student, self.source.anatomy, site.parameter, dense)
+        if (bias := part.others.get(f"{site.name}.bias")) is not None:
             put(student, self.source.anatomy, f"{site.name}.bias", bias.float())
+
+
+def fold(part: Part, site: Site, missing: Tensor, moments: Tensor) -> None:
+    """Let the matrix and the bias of ``site`` make what is missing, too."""
+    bias = part.others.get(f"{site.name}.bias")
+    change, shift = seam(missing, moments, centred=bias is not None)
+    weight = part.weights[site.name]
+    part.weights[site.name] = Dense.of(weight.dense() + change, weight.dtype)
+    if bias is not None:
+        part.others[f"{site.name}.bias"] = (bias.float() + shift).to(bias.dtype)
+
+
+def _divergence(p: Tensor, q: Tensor) -> float:
+    """Σ KL(p ‖ q) of log-probabilities [tokens, classes]."""
+    return float((p.exp() * (p - q)).sum())
 
 
 def _predictions(output: Any) -> Tensor:

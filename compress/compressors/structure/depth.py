@@ -22,18 +22,24 @@ class Depth(StructureCompressor):
     ``amount`` of all blocks has gone. ``choose: influence`` takes the least influence as it is.
 
     Repair: what a cut leaves out of the hidden state, R = X_original − X̂, is regressed on the
-    inputs A of the matrix that wrote the hidden state last before the cut, and folded into it:
-    W + RᵀA (AᵀA + λI)⁻¹, the bias likewise. No parameter is added. A repair that does not lower the
-    KL is taken back. With ``blocks`` only these may go. The model is in memory twice, as float32.
+    inputs A of the matrices that write to it in the block before (o_proj, then down_proj), and
+    folded into them: W + RᵀA (AᵀA + λI)⁻¹, the bias likewise; and, ``following``, the same in every
+    block that comes later. No parameter is added. A repair that does not lower the KL is taken
+    back. With ``blocks`` only these may go. The model is in memory twice, as float32.
     """
 
     choose: Literal["kl", "influence"] = Field(
         "kl", description="by the true KL to the original, or by block influence alone"
     )
     shortlist: int = Field(8, ge=1, description="blocks of least influence whose KL is measured")
-    repair: bool = Field(True, description="fold what is missing into the matrix before the cut")
+    repair: bool = Field(True, description="fold what is missing into the matrices before the cut")
+    following: bool = Field(True, description="repair the blocks after a cut, too")
 
     default_targets: ClassVar = ("blocks",)
+
+    def keeps(self, count: int, multiple: int = 1) -> int:
+        """How many of ``count`` blocks stay: the nearest number, and half a block goes."""
+        return max(1, count - int(count * self.amount + 0.5 + 1e-9))
 
 
 def seam(missing: Tensor, moments: Tensor, *, centred: bool) -> tuple[Tensor, Tensor]:

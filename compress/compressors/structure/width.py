@@ -76,14 +76,12 @@ class Narrow(CalibratedCompressor):
 
     def solve(self, problem: LayerProblem) -> Weight:
         units, keep = self.units[problem.name], self.keep[problem.name]
-        if not self.compensate:
+        if not self.compensate or problem.moments is None:
             return Dense.of(drop(problem.W, problem.H_diag, units, keep), problem.dtype)
         return Dense.of(remove(*self.given(problem), units, keep)[0], problem.dtype)
 
     def best(self, problem: LayerProblem) -> tuple[Weight, str]:
-        if self.compensate and problem.moments is not None:
-            return self.solve(problem), self.name
-        return self.data_free().compress(problem), self.name
+        return self.solve(problem), self.name
 
     def prepare(self, problems: Callable[[], Iterable[LayerProblem]]) -> LayerCompressor:
         if not self.by_error:
