@@ -169,8 +169,10 @@ class Trainer:
 
     def release(self) -> None:
         """Leave the objective with whole parameters of its own, on the CPU."""
-        sharded.gather(self.objective)
-        self.objective.cpu()
+        if sharded.wanted():
+            sharded.gather(self.objective)
+        else:
+            self.objective.cpu()
 
     def _step(self, rows: Tensor, step: int) -> float:
         for group in self.optimizer.param_groups:

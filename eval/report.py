@@ -20,6 +20,7 @@ from markupsafe import Markup
 from compress.errors import CheckpointError, DataError
 from eval import chart
 from eval.compare import BETTER, HIGHER_IS_BETTER, SAME
+from eval.curves import curves
 from eval.layers import layers
 from eval.measured import Measured, read_checkpoint, with_unique_names
 from eval.table import Gap, columns, gap, plus_minus, share
@@ -220,6 +221,7 @@ def _context(comparison: Comparison, out: Path) -> dict[str, Any]:
         "missing": comparison.missing,
         "families": chart.FAMILIES,
         "layers": layers(rows),
+        "curves": curves(rows),
         "texts": _texts(comparison),
         "reproduction": _reproduction(comparison),
         "commands": _commands(comparison, out),

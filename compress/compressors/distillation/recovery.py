@@ -30,9 +30,10 @@ from compress.training import Precision, Schedule, Trainer
 
 
 class Recovery(TrainingCompressor):
-    """loss = kl_share · T²·KL(teacher_T ‖ student_T) + (1 − kl_share) · cross-entropy.
+    """loss = kl_share · T²·D(teacher_T, student_T) + (1 − kl_share) · cross-entropy + features.
 
-    Methods differ in what they train. The best step by KL on held-out text is kept.
+    D is one of several divergences. Methods differ in what they train. The best step by
+    KL(teacher ‖ student) on held-out text is kept.
     """
 
     family: ClassVar = "distillation"
@@ -60,9 +61,6 @@ class Recovery(TrainingCompressor):
     )
     cache: int | None = Field(
         None, ge=1, description="keep this many of the teacher's likeliest tokens on disk, not it"
-    )
-    teacher: str | None = Field(
-        None, description="folder of another model to learn from, with the same tokenizer"
     )
     accumulate: int = Field(1, ge=1, description="pieces that a step is computed in")
     recompute: bool = Field(
@@ -95,6 +93,10 @@ class Recovery(TrainingCompressor):
     def tokens(self) -> tuple[int, int]:
         return self.samples, self.length
 
+    def disk(self) -> int:
+        """Of a cached token: 6 bytes for each of the likeliest, 4 for all others."""
+        return self.samples * self.length * (6 * self.cache + 4) if self.cache else 0
+
     def divergence(self) -> Divergence:
         known: dict[str, Divergence] = {
             "forward": forward_kl,
@@ -105,14 +107,14 @@ class Recovery(TrainingCompressor):
         return known[self.loss]
 
     def train(self, run: TrainingRun) -> dict[str, Any]:
+        if self.on_policy and family(run.student) != "causal":
+            raise ModelError("on_policy: only models that continue text can write it")
         run.student.requires_grad_(False)
         for parameter in self.trained(run):
             parameter.requires_grad_(True)
         text = examples(
             run.student, run.text.tokens, run.text.token_bytes, run.tokenizer, seed=run.seed
         )
-        if self.on_policy and family(run.student) != "causal":
-            raise ModelError("on_policy: only models that continue text can write it")
         teacher, features = self._teacher(run, text)
         objective = Distillation(
             run.student,
