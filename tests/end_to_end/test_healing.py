@@ -91,7 +91,7 @@ def test_teachers_that_read_other_tokens_are_refused(
     with pytest.raises(ModelError, match="other reads text as other tokens than"):
         refused(other)
     with pytest.raises(ModelError, match="nowhere: no such model folder"):
-        refused(Path("./nowhere"))
+        refused(tmp_path / "nowhere")
     with pytest.raises(DataError, match="windows of 64 tokens, but the model takes 32"):
         refused(source("llama", max_position_embeddings=32), length=64)
     assert not (tmp_path / "out").exists()
