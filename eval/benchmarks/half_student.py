@@ -2,7 +2,8 @@
 
     python -m eval.benchmarks.half_student runs/half --steps 200
 
-Both start from every second block of the demo model and read the same windows in the same order.
+Both start from every second block of the demo model, or every third, and read the same windows in
+the same order.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from eval.harness import evaluate
 from eval.results import Result
 
 
-def every_second_block(out: Path) -> Path:
-    """The demo model's blocks 1, 3, 5 as a model folder of their own."""
+def fewer_blocks(out: Path, every: int) -> Path:
+    """The last of each ``every`` blocks of the demo model, as a model folder of their own."""
     model: Any = load("demo")
-    kept = list(model.model.layers)[1::2]
+    kept = list(model.model.layers)[every - 1 :: every]
     for number, layer in enumerate(kept):
         layer.self_attn.layer_idx = number
     model.model.layers = nn.ModuleList(kept)
@@ -39,12 +40,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--every", type=int, default=2, help="of so many blocks one is kept")
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     options = parser.parse_args()
     half = options.out / "half"
     if not half.exists():
-        every_second_block(half)
+        fewer_blocks(half, options.every)
     ways: dict[str, dict[str, Any]] = {
         "text": {"kl_share": 0.0},
         "taught": {},

@@ -33,15 +33,14 @@ def test_tuned_folders_have_the_bytes_and_the_format_of_untuned_ones(
     assert two["storage"] == one["storage"]
     assert models.loaded_difference(tuned) < 5e-3
     stage = two["stages"][1]
-    assert stage["held_out_loss_rounded"] <= stage["held_out_loss"]["best"]
     before, after = (load_file(folder / "model.safetensors") for folder in (plain, tuned))
     assert {k: (t.shape, t.dtype) for k, t in before.items()} == {
         k: (t.shape, t.dtype) for k, t in after.items()
     }
     codes = [k for k in before if k.endswith("weight_packed")]
     assert codes
-    if not stage["rounded_anew"]:
-        assert all(before[k].equal(after[k]) for k in codes)
+    changed = any(not before[k].equal(after[k]) for k in codes)
+    assert changed is (stage["codes_changed"] > 0)
 
 
 @pytest.mark.parametrize("pattern", [{"sparsity": 0.5}, {"pattern": "2:4"}])

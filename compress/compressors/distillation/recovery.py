@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -86,8 +85,12 @@ class Recovery(TrainingCompressor):
     def trained(self, run: TrainingRun) -> list[Tensor]:
         """The parameters to train; all others are frozen."""
 
-    def polish(self, run: TrainingRun, check: Callable[[], float]) -> dict[str, Any]:
-        """Change the trained student further; ``check()`` is its held-out loss. For the record."""
+    def later(self, name: str) -> bool:
+        """Whether a trained parameter of this name moves only after others have settled."""
+        return False
+
+    def told(self, run: TrainingRun) -> dict[str, Any]:
+        """What else the record says of the trained student."""
         return {}
 
     def tokens(self) -> tuple[int, int]:
@@ -145,12 +148,12 @@ class Recovery(TrainingCompressor):
             report=run.report,
             precision=self.precision,
             length=run.text.tokens.shape[1],
+            later=self.later,
         )
         windows = torch.arange(len(text))
-        held = windows[-run.held :]
-        summary = trainer.fit(windows[: -run.held], held)
-        summary |= self.polish(run, lambda: trainer.check(held))
+        summary = trainer.fit(windows[: -run.held], windows[-run.held :])
         trainer.release()
+        summary |= self.told(run)
         return summary
 
     def _teacher(self, run: TrainingRun, text: Examples) -> tuple[Teacher, Features | None]:

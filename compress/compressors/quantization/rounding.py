@@ -87,18 +87,10 @@ class Rounding(nn.Module):
                 dtype=weight.dtype,
             )
 
-    def nearer(self, codes: Tensor, W: Tensor, beyond: float) -> Tensor:
-        """``codes``, but those more than ``beyond`` steps of the grid from W rounded to it anew.
-
-        Half a step is plain rounding; a solver that corrected errors put many codes further than
-        that from their own weight, for a reason.
-        """
+    def changed(self) -> int:
+        """How many codes are not what they were."""
         with torch.no_grad():
-            zeros = self.zeros()
-            scales = self._spread(self.scales())
-            exact = W / scales.where(scales != 0, 1.0)
-            exact = exact if zeros is None else exact + self._spread(zeros)
-            return codes.where((exact - codes).abs() <= beyond, self._rounded(exact))
+            return int((self.codes() != self._rounded(self.start)).sum())
 
     def _rounded(self, exact: Tensor) -> Tensor:
         half = 2 ** (self.spec["bits"] - 1)
