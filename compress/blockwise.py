@@ -98,6 +98,58 @@ def rounded_inputs(model: nn.Module, specs: dict[str, dict[str, Any]]) -> Iterat
             handle.remove()
 
 
+@contextmanager
+def skipping(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
+    """The modules named ``blocks`` put out what they read, as if they were not there."""
+
+    def skip(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        read = args[0] if args else kwargs["hidden_states"]
+        return read if isinstance(output, Tensor) else (read, *output[1:])
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in blocks
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def captured(
+    model: nn.Module, reads: Sequence[str], makes: Sequence[str]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """What the modules ``reads`` read last and ``makes`` put out last, [tokens, width] by name."""
+    read: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read[name] = (args[0] if args else kwargs["hidden_states"]).flatten(0, -2)
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            made[name] = (output if isinstance(output, Tensor) else output[0]).flatten(0, -2)
+
+        return hook
+
+    handles = [
+        *(
+            model.get_submodule(name).register_forward_pre_hook(before(name), with_kwargs=True)
+            for name in reads
+        ),
+        *(model.get_submodule(name).register_forward_hook(after(name)) for name in makes),
+    ]
+    try:
+        yield read, made
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class Stop:
     """All forward passes that come to ``name`` wait there.

@@ -13,6 +13,7 @@ from compress.checkpoint import load_tokenizer
 from compress.compressors.base import (
     CalibratedCompressor,
     ScalingCompressor,
+    StructureCompressor,
     TrainingCompressor,
 )
 from compress.data import Windows, windows
@@ -22,11 +23,12 @@ from compress.recipe import Recipe, Stage
 from compress.source import Source, read_config, resolve
 
 TOKENS = 4096  # in one forward pass
+READERS = (CalibratedCompressor, ScalingCompressor, StructureCompressor)  # they look at activations
 
 
 def calibrates(stage: Stage, recipe: Recipe, source: Source) -> bool:
     """Whether a stage runs the model on text: it would, there is some, and the model reads it."""
-    if not isinstance(stage.compressor, (CalibratedCompressor, ScalingCompressor)):
+    if not isinstance(stage.compressor, READERS):
         return False
     try:
         family(source.skeleton)
@@ -89,7 +91,7 @@ def check_text(recipe: Recipe, source: Source) -> None:
             wanted: tuple[int, int | None] = compressor.tokens()
             if compressor.teacher and recipe.data:
                 check_teacher(compressor.teacher, recipe, source, wanted[1])
-        elif isinstance(compressor, (CalibratedCompressor, ScalingCompressor)):
+        elif isinstance(compressor, READERS):
             if not compressor.needs_text and not calibrates(stage, recipe, source):
                 continue
             family(source.skeleton)

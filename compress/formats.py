@@ -323,10 +323,12 @@ def choose(
     """The plainest format that holds these weights as they are.
 
     A sum is held as its first term, the rest beside it as an adapter, by every format but the
-    modelling file. With ``storage`` "compact" sparse weights take the modelling file, too.
+    modelling file. With ``storage`` "compact" sparse weights take the modelling file, too, and
+    layers of uneven shapes always do.
     """
     kinds = {spec["kind"] for spec in specs.values()}
-    if not (storage == "compact" and "sparse" in kinds):
+    uneven = hasattr(config, "compressed_shapes")
+    if not uneven and not (storage == "compact" and "sparse" in kinds):
         bases = {n: s["terms"][0] if s["kind"] == "sum" else s for n, s in specs.items()}
         for cls in FORMATS[:-1]:
             chosen = cls(anatomy, bases, model_class, config, adapter="sum" in kinds)

@@ -11,7 +11,7 @@ Of several processes each runs its share of the text, and solves the problems of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from typing import Any
 
@@ -58,15 +58,16 @@ def _without_data(
     """One pass over the blocks that are not there yet: read, solve, write."""
     compressor = stage.compressor
     assert isinstance(compressor, LayerCompressor)
-    taken = {site.name for site in stage.sites(source.anatomy)}
+    solvers = _solvers(stage, source)
     blocks = source.anatomy.blocks
 
     def problems() -> Iterator[LayerProblem]:
         for i in range(len(blocks)):
-            part = before.read(i)
-            yield from (LayerProblem(n, w) for n, w in part.weights.items() if n in taken)
+            for name, weight in before.read(i).weights.items():
+                if solvers.get(name) is compressor:
+                    yield LayerProblem(name, weight)
 
-    solver = compressor.prepare(problems)
+    solvers = _prepared(solvers, compressor, problems)
     for i, block in enumerate(blocks):
         start = time.perf_counter()
         if store.has(i):
@@ -74,16 +75,41 @@ def _without_data(
         part = before.read(i)
         wanted = source.block(block)[0] if compressor.restores else None
         for site in block.sites:
-            if site.name in taken:
+            if site.name in solvers:
                 goal = wanted[site.name].dense() if wanted else None
                 problem = LayerProblem(site.name, part.weights[site.name], goal=goal)
-                weight = solver.compress(problem)
+                weight = solvers[site.name].compress(problem)
                 part.weights[site.name] = weight
                 part.records.append(record(number, stage, site, problem, weight))
         store.write(i, part)
         del part
         give_back()
         yield Event(stage.use, i + 1, len(blocks), {"seconds": time.perf_counter() - start})
+
+
+def _solvers(stage: Stage, source: Source) -> dict[str, LayerCompressor]:
+    """What solves each site of a stage: its compressor, or that with a site's own parameters."""
+    solvers = {}
+    for site in stage.sites(source.anatomy):
+        solver = stage.compressor_for(site)
+        assert isinstance(solver, LayerCompressor)
+        solvers[site.name] = solver
+    return solvers
+
+
+def _prepared(
+    solvers: dict[str, LayerCompressor],
+    common: LayerCompressor,
+    problems: Callable[[], Iterable[LayerProblem]],
+) -> dict[str, LayerCompressor]:
+    """``solvers``, once ``common`` has looked at the problems of the sites that it solves."""
+    if not any(solver is common for solver in solvers.values()):
+        return solvers
+    prepared = common.prepare(problems)
+    return {
+        name: prepared.at_site(name) if solver is common else solver
+        for name, solver in solvers.items()
+    }
 
 
 def record(
@@ -133,8 +159,10 @@ class _Calibrated:
         # as the model runs, in half the memory; processors are slow at float16
         self.dtype = source.dtype if source.dtype == torch.bfloat16 else torch.float32
         self.blocks = {s.name: i for i, b in enumerate(source.anatomy.blocks) for s in b.sites}
+        self.shifted: dict[str, Tensor] = {}  # biases that the model in memory has yet to get
         self.open: dict[int, Part] = {}  # blocks with sites that are still to be solved
         self.sites = {site.name: site for site in stage.sites(source.anatomy)}
+        self.solvers = _solvers(stage, source)
         self.left: dict[int, dict[str, Site]] = {}
         self.done = {i for i in range(len(source.anatomy.blocks)) if store.has(i)}
         distributed.wait()  # before the first process writes
@@ -144,11 +172,10 @@ class _Calibrated:
                 self.left.setdefault(block, {})[site.name] = site
 
     def events(self) -> Iterator[Event]:
-        if self.compressor.loss_weighted:
+        if any(self.solver(name).reads_gradients for name in self.sites):
             whole = assemble(self.source, self.before, torch.float32)
             self.sensitivities = sensitivities(whole, self.forwards, self.readers())
-        solver = self.compressor.prepare(self.problems)
-        assert isinstance(solver, CalibratedCompressor)
+        self.solvers = _prepared(self.solvers, self.compressor, self.problems)
         total = sum(map(len, self.left.values()))
         start = time.perf_counter()
 
@@ -160,32 +187,42 @@ class _Calibrated:
 
         for name, moments in self.tables().items():
             self.read(self.blocks[name])
-            self.settle(solver, name, moments)
+            self.settle(name, moments)
             yield event()
         names = [name for sites in self.left.values() for name in sites]
         for model, name, moments in self.walk(names, self.read):
-            site, weight = self.settle(solver, name, moments)
+            site, weight = self.settle(name, moments)
             dense = dense_tensor(site, weight).to(self.dtype)
             put(model, self.source.anatomy, site.parameter, dense)
+            if (bias := self.shifted.pop(name, None)) is not None:
+                put(model, self.source.anatomy, f"{name}.bias", bias.to(self.dtype))
             yield event()
         for number in range(len(self.source.anatomy.blocks)):
             if number not in self.done:
                 part = self.read(number)
                 for name in list(self.left.get(number, {})):  # no token came by
-                    self.settle(solver, name, None)
+                    self.settle(name, None)
                     yield event()
                 if number not in self.done:
                     self.write(number, part)
 
     def problems(self) -> Iterator[LayerProblem]:
-        """Every site's problem in the model as it is before the stage; nothing changes."""
-        for _, name, moments in self.walk(self.readers(), self.before.read, moving=False):
+        """Problems, in the model as it is before the stage, of sites without overrides."""
+        names = [name for name in self.readers() if self.solvers[name] is self.compressor]
+        for _, name, moments in self.walk(names, self.before.read, moving=False):
             part = self.before.read(self.blocks[name])
+            if self.compressor.shifts and f"{name}.bias" in part.others:
+                moments = moments.centred()
             yield self.problem(name, part.weights[name], moments, None)
 
     def readers(self) -> list[str]:
         """Sites that read activations, in the order of the blocks."""
         return [name for name, site in self.sites.items() if site.layout != "embedding"]
+
+    def solver(self, name: str) -> CalibratedCompressor:
+        solver = self.solvers[name]
+        assert isinstance(solver, CalibratedCompressor)
+        return solver
 
     def problem(
         self, name: str, weight: Weight, moments: Moments | None, goal: Tensor | None
@@ -218,7 +255,7 @@ class _Calibrated:
         if not names:
             return
         readers = [read]
-        if moving and self.compressor.propagate:
+        if moving and any(self.solver(name).propagate for name in self.sites):
             readers.append(self.wanted)
         with ExitStack() as stack:
             models = [
@@ -234,14 +271,14 @@ class _Calibrated:
                 for reader in readers
             ]
             moments: Moments | None = None
+            weights: list[Tensor] | None = None
             passes = stops(models, self.forwards, names, self.store.folder)
             stack.enter_context(closing(passes))
             for stop in passes:
-                known = self.sensitivities.get(stop.name)
-                weights = known.tokens if known and self.compressor.weighs_tokens else None
-                if moments is None or weights or not stop.again:
-                    moments = _moments(stop, self._width(stop.name), weights)
-                name = stop.name
+                name, before = stop.name, weights
+                weights = self._token_weights(name)
+                if moments is None or weights or before or not stop.again:
+                    moments = _moments(stop, self._width(name), weights)
                 del stop  # and with it what the passes need no more once they go on
                 yield models[0], name, moments
 
@@ -256,17 +293,22 @@ class _Calibrated:
             self.open[number] = part
         return self.open[number]
 
-    def settle(
-        self, solver: CalibratedCompressor, name: str, moments: Moments | None
-    ) -> tuple[Site, Weight]:
+    def settle(self, name: str, moments: Moments | None) -> tuple[Site, Weight]:
         """Solve one site, and write its block if that was the last one."""
         number = self.blocks[name]
         part = self.open[number]
         site = self.left[number][name]
         before = part.weights[name]
-        problem = self.problem(name, before, moments, self.goal(name, before, moments))
+        solver = self.solver(name)
+        bias = part.others.get(f"{name}.bias") if solver.shifts and moments else None
+        given = moments.centred() if moments and bias is not None else moments
+        problem = self.problem(name, before, given, self.goal(name, before, given))
         weight, used = solver.best(problem)
         part.weights[name] = weight
+        if moments and bias is not None:
+            shift = moments.shift(before.dense(), weight.dense(), solver.propagate)
+            part.others[f"{name}.bias"] = (bias.float() + shift).to(bias.dtype)
+            self.shifted[name] = part.others[f"{name}.bias"]
         part.records.append(
             record(self.number, self.stage, site, problem, weight) | {"method": used}
         )
@@ -281,7 +323,7 @@ class _Calibrated:
 
         Factors are solved one by one, each for itself.
         """
-        strength = self.compressor.propagate if moments is not None else 0
+        strength = self.solver(name).propagate if moments is not None else 0
         if before.kind == "lowrank" or not (strength or self.compressor.restores):
             return None
         if self.compressor.restores:
@@ -299,6 +341,13 @@ class _Calibrated:
             self.store.write(number, part)
         self.done.add(number)
 
+    def _token_weights(self, name: str) -> list[Tensor] | None:
+        """How much each token counts at a site, where that was measured and is wanted."""
+        known = self.sensitivities.get(name)
+        solver = self.solver(name) if name in self.solvers else self.compressor  # or a tied head
+        wanted = solver.loss_weighted and solver.weighs_tokens
+        return known.tokens if known and wanted else None
+
     def _width(self, name: str) -> int:
         """Inputs of a site, or of the head that is tied to one."""
         for site in self.sites.values():
@@ -312,21 +361,26 @@ class _Calibrated:
 
 def _moments(stop: Stop, width: int, weights: list[Tensor] | None) -> Moments:
     """H, and G where a second model waits at the same site with as many tokens."""
-    H = torch.zeros(width, width)
-    G = torch.zeros(width, width)
+    H, mean = torch.zeros(width, width), torch.zeros(width)
+    G, wanted_mean = torch.zeros(width, width), torch.zeros(width)
     tokens, paired = 0, len(stop.inputs) > 1
     for number, (inputs, *others) in stop.batches():
         assert inputs is not None
         x = inputs.reshape(-1, width).float()
         weighted = x if weights is None else x * weights[number][:, None]
         H.addmm_(weighted.T, x)
+        mean += weighted.sum(0)
         tokens += len(x)
         original = others[0] if others else None
         if original is None or original.shape != inputs.shape:
             paired = False
         else:
-            G.addmm_(weighted.T, original.reshape(-1, width).float())
+            wanted = original.reshape(-1, width).float()
+            G.addmm_(weighted.T, wanted)
+            wanted_mean += (wanted if weights is None else wanted * weights[number][:, None]).sum(0)
     paired = bool(distributed.least(paired))
     tokens = max(1, int(distributed.total(torch.tensor(tokens))))
-    H = distributed.total(H)
-    return Moments(H / tokens, distributed.total(G) / tokens if paired else None)
+    H, mean = distributed.total(H) / tokens, distributed.total(mean) / tokens
+    if not paired:
+        return Moments(H, None, mean)
+    return Moments(H, distributed.total(G) / tokens, mean, distributed.total(wanted_mean) / tokens)

@@ -16,13 +16,41 @@ DAMPING = 0.01  # of the mean diagonal (GPTQ, arXiv 2210.17323)
 class Moments:
     """H = X̂ᵀX̂ / T, float32 [in, in]; and G = X̂ᵀX / T with the original model's inputs X.
 
-    Both are sums over T tokens, weighted where the loss says that some tokens matter more.
+    Both are sums over T tokens, weighted where the loss says that some tokens matter more, and so
+    are the means of X̂ and X, float32 [in], where they are known.
     """
 
-    def __init__(self, H: Tensor, G: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        H: Tensor,
+        G: Tensor | None = None,
+        mean: Tensor | None = None,
+        wanted_mean: Tensor | None = None,
+    ) -> None:
         self.H = H
         self.G = G
+        self.mean = mean
+        self.wanted_mean = wanted_mean
         self._factors: dict[bool, tuple[Tensor, Tensor]] = {}
+
+    def centred(self) -> Moments:
+        """Those of inputs less their means: what a layer whose bias takes up the means reads."""
+        assert self.mean is not None
+        H = self.H - torch.outer(self.mean, self.mean)
+        if self.G is None or self.wanted_mean is None:
+            return Moments(H)
+        return Moments(H, self.G - torch.outer(self.mean, self.wanted_mean))
+
+    def shift(self, W: Tensor, solved: Tensor, strength: float) -> Tensor:
+        """float32 [out]: what a bias gains so that the mean output stays what it was with W.
+
+        Of what W makes of the inputs X̂ or, ``strength`` of the way, of X.
+        """
+        assert self.mean is not None
+        wanted = self.mean
+        if self.wanted_mean is not None:
+            wanted = wanted + strength * (self.wanted_mean - wanted)
+        return W @ wanted - solved @ self.mean
 
     @cached_property
     def dead(self) -> Tensor:

@@ -10,9 +10,11 @@ from pathlib import Path
 from compress.anatomy import Site
 from compress.calibration import calibrates
 from compress.compressors.base import LayerCompressor, Shape, TrainingCompressor
+from compress.compressors.structure.depth import Depth
 from compress.errors import CheckpointError
 from compress.objective import window_length
 from compress.recipe import Recipe, check_order
+from compress.shape import sources
 from compress.source import Source
 
 
@@ -43,24 +45,36 @@ def preflight(recipe: Recipe, source: Source) -> Preflight:
     Raises:
         RecipeError: a pattern matches nothing, or a stage cannot follow another.
     """
-    check_order(recipe.stages, source.anatomy)
-    sites = source.anatomy.sites
-    pieces: dict[str, list[Shape]] = {site.name: [site.shape] for site in sites}
-    size = {site.name: site.nbytes for site in sites}
+    first, *rest = sources(recipe, source)
+    check_order(recipe.stages, first.anatomy, [model.anatomy for model in rest])
+    pieces: dict[str, list[Shape]] = {site.name: [site.shape] for site in first.anatomy.sites}
+    size = {site.name: site.nbytes for site in first.anatomy.sites}
     plans = []
-    for stage in recipe.stages:
-        chosen = stage.sites(source.anatomy)
+    model = first
+    for stage, then in zip(recipe.stages, rest, strict=True):
+        chosen = stage.sites(model.anatomy)
         before = sum(size[site.name] for site in chosen)
-        if isinstance(stage.compressor, LayerCompressor):
-            for site in chosen:
-                _follow(stage.compressor, site, pieces, size)
+        for site in chosen:
+            compressor = stage.compressor_for(site)
+            if isinstance(compressor, LayerCompressor):
+                _follow(compressor, site, pieces, size)
+        if then is not model:  # of what a structural stage takes all is dense
+            outside = {site.name for site in model.anatomy.blocks[0].sites}
+            kept = {s.name: s for s in then.anatomy.sites if s.name not in outside}
+            size = {n: b for n, b in size.items() if n in outside}
+            size |= {name: site.nbytes for name, site in kept.items()}
+            pieces |= {name: [site.shape] for name, site in kept.items()}
+        model = then
         plans.append(
-            StagePlan(stage.use, len(chosen), before, sum(size[site.name] for site in chosen))
+            StagePlan(
+                stage.use, len(chosen), before, sum(size.get(site.name, 0) for site in chosen)
+            )
         )
-    whole = sum(shape.numel() * dtype.itemsize for _, shape, dtype in source.headers())
-    after = whole - sum(site.nbytes for site in sites) + sum(size.values())
+    whole = sum(shape.numel() * dtype.itemsize for _, shape, dtype in first.headers())
+    last = sum(shape.numel() * dtype.itemsize for _, shape, dtype in model.headers())
+    after = last - sum(site.nbytes for site in model.anatomy.sites) + sum(size.values())
     return Preflight(
-        plans, whole, after, _memory(recipe, source, whole), _disk(recipe, whole, after)
+        plans, whole, after, _memory(recipe, [first, *rest]), _disk(recipe, whole, after)
     )
 
 
@@ -73,33 +87,38 @@ def _follow(
     pieces[site.name] = [piece for shape in shapes for piece in compressor.pieces(shape)]
 
 
-def _memory(recipe: Recipe, source: Source, whole: int) -> int:
+def _memory(recipe: Recipe, models: list[Source]) -> int:
     """One block as stored, and about six float32 copies of its largest matrix while it is solved.
 
     A calibrated stage holds besides what all tokens have put out where they wait, about two hidden
     states and two of the widest matrix' inputs each, in both models, and the moments of these
     inputs with their factors. A training stage holds the model four times in float32 (weights,
-    gradient, AdamW's two moments), its best values, and the teacher.
+    gradient, AdamW's two moments), its best values, and the teacher. One that drops blocks holds
+    it twice.
     """
+    source = models[0]
     training = any(isinstance(s.compressor, TrainingCompressor) for s in recipe.stages)
     if training:
         return 6 * 4 * source.parameters
     streamed = 0
+    if any(isinstance(s.compressor, Depth) for s in recipe.stages):
+        streamed = 2 * 4 * source.parameters
     for block in source.anatomy.blocks:
         stored = sum(site.nbytes for site in block.sites)
         largest = max((site.shape[0] * site.shape[1] for site in block.sites), default=0)
         streamed = max(streamed, 2 * stored + 6 * 4 * largest)
-    return streamed + _activations(recipe, source)
+    return streamed + _activations(recipe, models)
 
 
-def _activations(recipe: Recipe, source: Source) -> int:
+def _activations(recipe: Recipe, models: list[Source]) -> int:
     """What the passes over the calibration text hold, in float32."""
-    stages = [s for s in recipe.stages if calibrates(s, recipe, source)]
+    found = zip(recipe.stages, models[:-1], strict=True)
+    stages = [(stage, model) for stage, model in found if calibrates(stage, recipe, model)]
     if not stages:
         return 0
-    calibration = recipe.calibration
+    source, calibration = models[0], recipe.calibration
     tokens = calibration.samples * window_length(source.config.to_dict(), calibration.length)
-    sites = [site for stage in stages for site in stage.sites(source.anatomy)]
+    sites = [site for stage, model in stages for site in stage.sites(model.anatomy)]
     widths = [site.shape[1] for site in sites if site.layout != "embedding"] or [0]
     return 4 * (2 * tokens * (2 * min(widths) + 2 * max(widths)) + 8 * max(widths) ** 2)
 

@@ -15,8 +15,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compress import registry
-from compress.anatomy import Anatomy, Site, select
-from compress.compressors.base import Compressor, TransformCompressor
+from compress.anatomy import Anatomy, Site, matches, select
+from compress.compressors.base import (
+    Compressor,
+    LayerCompressor,
+    StructureCompressor,
+    TransformCompressor,
+)
 from compress.errors import RecipeError, did_you_mean
 
 
@@ -44,7 +49,11 @@ class Evaluation(BaseModel):
 
 
 class Stage(BaseModel):
-    """One compressor with its parameters, and the weights it takes."""
+    """One compressor with its parameters, and the weights it takes.
+
+    ``overrides`` maps a pattern, as in targets, to the compressor with other parameters; where
+    several match a site, the last one counts.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
@@ -52,10 +61,16 @@ class Stage(BaseModel):
     targets: list[str]
     skip: list[str] = Field(default_factory=list)
     blocks: list[int] | None = None
+    overrides: dict[str, Compressor] = Field(default_factory=dict)
 
     @property
     def use(self) -> str:
         return self.compressor.name
+
+    def compressor_for(self, site: Site) -> Compressor:
+        """The compressor with the parameters that it has for one site."""
+        own = [made for pattern, made in self.overrides.items() if matches(site, pattern)]
+        return own[-1] if own else self.compressor
 
     def sites(self, anatomy: Anatomy) -> list[Site]:
         """The sites that this stage takes.
@@ -64,11 +79,13 @@ class Stage(BaseModel):
             RecipeError: a pattern matches nothing, or the method cannot take what it matches.
         """
         chosen = select(anatomy.sites, self.targets, self.skip, self.blocks, anatomy.layers)
+        for pattern in self.overrides:
+            select(chosen, [pattern], [], None, anatomy.layers)
         for site in chosen:
-            if site.layout not in self.compressor.layouts:
+            reason = self.compressor_for(site).refuses(site)
+            if reason is not None:
                 raise RecipeError(
-                    f"{self.use} cannot compress {site.name}, an {site.layout}; "
-                    f"it takes {', '.join(sorted(self.compressor.layouts))}"
+                    f"{self.use} cannot compress {site.name}, an {site.layout}; {reason}"
                 )
         return chosen
 
@@ -81,6 +98,12 @@ class Stage(BaseModel):
             out["skip"] = list(self.skip)
         if self.blocks is not None:
             out["blocks"] = list(self.blocks)
+        if self.overrides:
+            common = self.compressor.model_dump(mode="json")
+            out["overrides"] = {
+                pattern: {k: v for k, v in made.model_dump(mode="json").items() if v != common[k]}
+                for pattern, made in self.overrides.items()
+            }
         return out
 
 
@@ -178,40 +201,51 @@ def load_one(
     return next(iter(recipes.values()))
 
 
-def check_order(stages: Sequence[Stage], anatomy: Anatomy) -> dict[str, str]:
+def check_order(
+    stages: Sequence[Stage], anatomy: Anatomy, after: Sequence[Anatomy] = ()
+) -> dict[str, str]:
     """Follow every site's kind of weight through the stages; the final kind of each site.
+
+    ``after`` holds the anatomy that each stage leaves, if some leave another.
 
     Raises:
         RecipeError: a stage takes a site whose weight is of a kind that it cannot start from.
     """
     kinds = {site.name: "dense" for site in anatomy.sites}
     last = {site.name: "the original model" for site in anatomy.sites}
-    transform = ""
+    changed = ""
     for number, stage in enumerate(stages):
-        if transform and stage.compressor.restores:
+        if changed and stage.compressor.restores:
             raise RecipeError(
-                f"stages.{number} ({stage.use}) cannot follow {transform}, which leaves other "
+                f"stages.{number} ({stage.use}) cannot follow {changed}, which leaves other "
                 "matrices than the original model's that it restores"
             )
-        if isinstance(stage.compressor, TransformCompressor):
-            transform = f"stages.{number} ({stage.use})"
-        for site in stage.sites(anatomy):
+        chosen = stage.sites(anatomy)
+        if isinstance(stage.compressor, (TransformCompressor, StructureCompressor)):
+            changed = f"stages.{number} ({stage.use})"
+        if isinstance(stage.compressor, StructureCompressor):
+            chosen = [site for site in anatomy.sites if site.block is not None]
+        for site in chosen:
             kind = kinds[site.name]
-            if kind not in stage.compressor.accepts:
+            compressor = stage.compressor_for(site)
+            if kind not in compressor.accepts:
                 raise RecipeError(
                     f"stages.{number} ({stage.use}) cannot follow {last[site.name]} on {site.name}:"
                     f" that weight is {kind} by then, and {stage.use} takes "
-                    f"{' or '.join(sorted(stage.compressor.accepts))}"
+                    f"{' or '.join(sorted(compressor.accepts))}"
                 )
-            kinds[site.name] = stage.compressor.result(kind)
+            kinds[site.name] = compressor.result(kind)
             last[site.name] = f"stages.{number} ({stage.use})"
+        if after:
+            anatomy = after[number]
+            kinds = {site.name: kinds.get(site.name, "dense") for site in anatomy.sites}
     return kinds
 
 
 def _read(recipe: str | Path | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if isinstance(recipe, Mapping):
         try:
-            return "recipe", yaml.safe_load(yaml.safe_dump(dict(recipe)))  # a deep copy
+            return "recipe", yaml.safe_load(yaml.safe_dump(dict(recipe), sort_keys=False))  # a copy
         except yaml.YAMLError as error:
             raise RecipeError(f"recipe: only plain values can stand in it ({error})") from error
     path = Path(recipe)
@@ -274,7 +308,7 @@ def _stage(raw: Any, where: str, at: str) -> Stage:
         cls = registry.get(str(raw["use"]))
     except RecipeError as error:
         raise RecipeError(f"{where}: {at}.use: {error}") from error
-    own = ("targets", "skip", "blocks")
+    own = ("targets", "skip", "blocks", "overrides")
     parameters = {k: v for k, v in raw.items() if k not in (*own, "use")}
     _known(parameters, [*cls.model_fields, *own, "use"], where, at + ".")
     fields = {"targets": list(cls.default_targets)} | {k: raw[k] for k in own if k in raw}
@@ -283,10 +317,36 @@ def _stage(raw: Any, where: str, at: str) -> Stage:
             fields[key] = [fields[key]]
     if "blocks" in fields:
         fields["blocks"] = _range(fields["blocks"], where, at)
+    if "overrides" in fields:
+        fields["overrides"] = _overrides(fields["overrides"], cls, parameters, where, at)
     try:
         return Stage(compressor=cls.model_validate(parameters), **fields)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error, at + '.')}") from error
+
+
+def _overrides(
+    raw: Any, cls: type[Compressor], common: dict[str, Any], where: str, at: str
+) -> dict[str, Compressor]:
+    """The compressor as each pattern of ``raw`` has it."""
+    if not issubclass(cls, LayerCompressor):
+        raise RecipeError(
+            f"{where}: {at}.overrides: {cls.name} does not solve layer by layer, so all of its "
+            "weights have the same parameters"
+        )
+    at += ".overrides"
+    if not isinstance(raw, dict) or not all(isinstance(v, dict) for v in raw.values()):
+        raise RecipeError(
+            f"{where}: {at}: expected patterns with parameters, e.g. down_proj: {{bits: 5}}"
+        )
+    made: dict[str, Compressor] = {}
+    for pattern, parameters in raw.items():
+        _known(parameters, cls.model_fields, where, f"{at}.{pattern}.")
+        try:
+            made[str(pattern)] = cls.model_validate({**common, **parameters})
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_explain(error, f'{at}.{pattern}.')}") from error
+    return made
 
 
 def _range(value: Any, where: str, at: str) -> list[int]:

@@ -7,7 +7,6 @@ model and the seed alone.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Generator, Iterator
@@ -24,6 +23,7 @@ from compress.calibration import calibrates, check_text
 from compress.checkpoint import fingerprint, load, load_tokenizer, record
 from compress.compressors.base import (
     LayerCompressor,
+    StructureCompressor,
     TrainingCompressor,
     TrainingRun,
     TransformCompressor,
@@ -39,6 +39,7 @@ from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
 from compress.source import Source
 from compress.store import Blocks, Part, Store
+from compress.structure import followed, restructure
 from compress.transform import transform
 from compress.verify import Verifier, probe_inputs
 from compress.workdir import (
@@ -46,8 +47,8 @@ from compress.workdir import (
     finish,
     finished_stages,
     locked,
-    mark,
     place,
+    reported,
     tidied,
     work_folder,
 )
@@ -85,17 +86,20 @@ def run(
         check_output(out, overwrite=overwrite)  # again: another run may have ended meanwhile
         done = distributed.least(finished_stages(work, recipe, source.hash))
         before: Blocks = Store(work / f"stage-{done - 1}") if done else Original(source)
-        for number, stage in list(enumerate(recipe.stages))[done:]:
-            store = Store(work / f"stage-{number}")
-            yield from _stage(number, stage, recipe, source, before, store)
-            distributed.wait()
-            if isinstance(before, Store):
-                before.remove()
-            before = store
+        model = source  # as the stage finds it
+        for number, stage in enumerate(recipe.stages):
+            if number >= done:
+                store = Store(work / f"stage-{number}")
+                yield from _stage(number, stage, recipe, model, before, store)
+                distributed.wait()
+                if isinstance(before, Store):
+                    before.remove()
+                before = store
+            model = followed(stage, reported(work, number), model)
         yield Event("check", 0, 2)
-        training = [json.loads(mark(work, i).read_text()) for i in range(len(recipe.stages))]
-        writer = Writer(source, before, recipe, work / "draft")
-        info = writer.write(name or out.name, expect(source, before, recipe), training)
+        reports = [reported(work, number) for number in range(len(recipe.stages))]
+        writer = Writer(model, before, recipe, work / "draft")
+        info = writer.write(name or out.name, expect(model, before, recipe), reports)
         yield Event("check", 1, 2)
         checked = checker.check(work / "draft") if checker else {}
         place(work / "draft", out)
@@ -111,17 +115,22 @@ def _help(recipe: Recipe, out: Path) -> Generator[Event, None, dict[str, Any]]:
     work = work_folder(out)
     done = distributed.least(len(recipe.stages))
     before: Blocks = Store(work / f"stage-{done - 1}") if done else Original(source)
-    for number, stage in list(enumerate(recipe.stages))[done:]:
-        store = Store(work / f"stage-{number}")
-        if isinstance(stage.compressor, TransformCompressor):
-            yield from transform(number, stage, recipe, source, before, store)
-        elif isinstance(stage.compressor, TrainingCompressor):
-            torch.manual_seed(recipe.seed * 1000 + number)
-            yield from _train(number, stage, recipe, source, before, store)
-        elif calibrates(stage, recipe, source):
-            yield from solve(number, stage, recipe, source, before, store)
-        distributed.wait()
-        before = store
+    model = source
+    for number, stage in enumerate(recipe.stages):
+        if number >= done:
+            store = Store(work / f"stage-{number}")
+            if isinstance(stage.compressor, TransformCompressor):
+                yield from transform(number, stage, recipe, model, before, store)
+            elif isinstance(stage.compressor, StructureCompressor):
+                yield from restructure(number, stage, recipe, model, before, store)
+            elif isinstance(stage.compressor, TrainingCompressor):
+                torch.manual_seed(recipe.seed * 1000 + number)
+                yield from _train(number, stage, recipe, model, before, store)
+            elif calibrates(stage, recipe, model):
+                yield from solve(number, stage, recipe, model, before, store)
+            distributed.wait()
+            before = store
+        model = followed(stage, reported(work, number), model)
     distributed.wait()
     return record(out)
 
@@ -176,6 +185,8 @@ def _stage(
         report = yield from _train(number, stage, recipe, source, before, store)
     elif isinstance(stage.compressor, TransformCompressor):
         yield from transform(number, stage, recipe, source, before, store)
+    elif isinstance(stage.compressor, StructureCompressor):
+        report = yield from restructure(number, stage, recipe, source, before, store)
     else:
         assert isinstance(stage.compressor, LayerCompressor)
         yield from solve(number, stage, recipe, source, before, store)

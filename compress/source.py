@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from compress.anatomy import Anatomy, Block, anatomize
 from compress.errors import ModelError
 from compress.weights import Dense, Weight
+from compress.weights.modeling_compressed import resize
 
 DEMO = Path(__file__).parent / "demo" / "pycoder-1m"
 INDEX = "model.safetensors.index.json"
@@ -98,9 +100,13 @@ class Source:
 
     ``untie`` gives tied tensors (an output head tied to the embedding) copies of their own.
 
+    ``changes`` are the entries of config.json that structural stages have changed: see ``shape``.
+
     Raises:
         ModelError: not a model folder, already compressed, not understood, or a tensor is missing.
     """
+
+    changes: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, model: str | Path, *, untie: bool = False) -> None:
         self.name = str(model) if str(model) == "demo" else str(Path(model).expanduser())
@@ -164,6 +170,7 @@ class Source:
             raise ModelError(
                 f"{self.folder}: {self.model_class.__name__} rejects its config: {reason}"
             ) from error
+        resize(model, getattr(self.config, "compressed_shapes", {}))
         model.tie_weights()
         return model.eval()
 
@@ -256,6 +263,11 @@ class Source:
             else:
                 weights[site.name] = Dense.of(tensor.T if site.layout == "conv1d" else tensor)
         return weights, others
+
+    @property
+    def original(self) -> Source:
+        """The model folder itself, before structural stages."""
+        return self
 
     @cached_property
     def hash(self) -> str:

@@ -28,6 +28,7 @@ from compress.compressors.base import (
     RotationCompressor,
     ScalingCompressor,
     SharedInput,
+    StructureCompressor,
     TrainingCompressor,
 )
 from compress.errors import CompressError
@@ -66,6 +67,8 @@ def check_compressor(compressor: str | type[Compressor], **parameters: Any) -> l
         checks.append(scales_every_input)
     if issubclass(cls, RotationCompressor):
         checks.append(turns_without_loss)
+    if issubclass(cls, StructureCompressor):
+        checks.append(leaves_something)
     made = cls.model_validate(parameters)
     for check in checks:
         try:
@@ -165,6 +168,21 @@ def turns_without_loss(compressor: Compressor, parameters: dict[str, Any]) -> No
         off = (R @ R.T - torch.eye(width, dtype=R.dtype)).abs().max()
         _require(off < 1e-9, f"width {width}: R Rᵀ is off from the identity by {off:.2g}")
         _require(torch.equal(R, compressor.rotation(width)), "two calls gave different rotations")
+
+
+def leaves_something(compressor: Compressor, parameters: dict[str, Any]) -> None:
+    """``keeps`` leaves one or more, no more than there are, and about the share that is wanted."""
+    assert isinstance(compressor, StructureCompressor)
+    for count in (1, 2, 7, 12, 96, 384):
+        for multiple in (1, 8, 32):
+            kept = compressor.keeps(count, multiple)
+            _require(1 <= kept <= count, f"keeps({count}, {multiple}) is {kept}")
+            wanted = count * (1 - compressor.amount)
+            _require(
+                abs(kept - wanted) <= max(multiple, 1),
+                f"keeps({count}, {multiple}) is {kept}, far from {wanted:.1f}",
+            )
+    _require(compressor.layouts <= {"linear", "conv1d"}, "tables are read by no channel of a block")
 
 
 def solves_every_matrix(compressor: Compressor, parameters: dict[str, Any]) -> None:

@@ -160,6 +160,15 @@ class Probe:
             return _first(model(**self.inputs))
 
     @torch.no_grad()
+    def output_of(self, other: Source, read: Callable[[int], Part]) -> Tensor | None:
+        """What another model puts out with the parts that ``read`` gives; None if it cannot run."""
+        try:
+            with streamed(other.new_skeleton(), other.anatomy, read, torch.float32) as model:
+                return _first(model(**self.inputs))
+        except (RuntimeError, ValueError, TypeError, KeyError, AttributeError):  # sizes do not fit
+            return None
+
+    @torch.no_grad()
     def visit(self, find: Callable[[int, Part, Run], Iterator[T]]) -> list[tuple[T, ...]]:
         """What ``find`` finds in every block, given its number, its weights and a way to run it."""
         blocks = self.anatomy.blocks
@@ -297,7 +306,7 @@ def copied(part: Part) -> Part:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Whether two outputs are equal up to rounding."""
-    return bool((one - other).norm() <= SAME * one.norm())
+    return one.shape == other.shape and bool((one - other).norm() <= SAME * one.norm())
 
 
 def _first(output: Any) -> Tensor:

@@ -40,8 +40,13 @@ def finished_stages(work: Path, recipe: Recipe, model_hash: str) -> int:
 
 
 def mark(work: Path, number: int) -> Path:
-    """The file that says a stage is done, and what its training reported."""
+    """The file that says a stage is done, and what it reported."""
     return work / f"stage-{number}.json"
+
+
+def reported(work: Path, number: int) -> dict[str, Any]:
+    """What a finished stage reported: of its training, of the shape it gave the model."""
+    return json.loads(mark(work, number).read_text())
 
 
 def finish(work: Path, number: int, report: dict[str, Any]) -> None:

@@ -60,21 +60,23 @@ class Writer:
         self._write_config(shapes)
         copy_companions(self.source.folder, self.draft)
         self.format.write_files(self.draft)
+        original = self.source.original
         disk = sum(f.stat().st_size for f in self.draft.glob("*.safetensors"))
         info = {
             "format": 1,
             "name": name,
             "base": {
                 "model": self._base(),
-                "hash": self.source.hash,
-                "bytes": self.source.nbytes,
-                "parameters": self.source.parameters,
+                "hash": original.hash,
+                "bytes": original.nbytes,
+                "parameters": original.parameters,
             },
+            "parameters": self.source.parameters,
             "storage": self.format.name,
             "loads_with": self.format.needs + (", and peft" if self._adapter() else ""),
             "bytes": {
                 "disk": disk,
-                "original": self.source.nbytes,
+                "original": original.nbytes,
                 "ideal": ideal,
                 "loaded": loaded,
             },
@@ -136,6 +138,7 @@ class Writer:
     def _write_config(self, shapes: Shapes) -> None:
         config = json.loads((self.source.folder / "config.json").read_text())
         config.setdefault("architectures", [self.source.model_class.__name__])
+        config |= self.source.changes
         if self.recipe.untie:
             config["tie_word_embeddings"] = False
         if not {"dtype", "torch_dtype"} & set(config):

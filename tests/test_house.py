@@ -22,9 +22,10 @@ MODULES = sorted([*LIBRARY, *(ROOT / "eval").rglob("*.py")])
 LAYERS = (
     "errors", "memory", "offload", "distributed", "events", "weights", "anatomy", "moments",
     "problem", "store", "data", "objective", "sharded", "training", "compressors", "registry",
-    "recipe", "source", "blockwise", "assemble", "formats", "checkpoint", "calibration",
-    "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir", "verify",
-    "wiring", "heads", "rotation", "transform", "run", "api", "testing", "display", "cli",
+    "recipe", "source", "shape", "blockwise", "assemble", "formats", "checkpoint", "calibration",
+    "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring",
+    "heads", "rotation", "transform", "narrowing", "shortening", "structure", "run", "api",
+    "testing", "display", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 

@@ -1,8 +1,9 @@
 """What a compressor is: a frozen, validated configuration that *is* the method.
 
-Three shapes. A LayerCompressor turns the weight of one site into another, one layer problem at a
+Four shapes. A LayerCompressor turns the weight of one site into another, one layer problem at a
 time; a TrainingCompressor changes a whole compressed model by gradient steps; a
-TransformCompressor writes a dense model as an equal one that is easier to compress.
+TransformCompressor writes a dense model as an equal one that is easier to compress; a
+StructureCompressor makes a model of another shape, which the stages after it see as theirs.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from compress.weights import Dense, LowRank, Weight
 from compress.weights.modeling_compressed import Compressed, attach, attach_alias
 
 Shape = tuple[int, int]
+PROPAGATE = "how far to correct for the error of the layers before (0 not, 1 fully)"
 
 
 class Compressor(BaseModel):
@@ -48,6 +50,12 @@ class Compressor(BaseModel):
     def result(self, kind: str) -> str:
         """The kind of weight this makes of one of ``kind``."""
         return self.makes
+
+    def refuses(self, site: Site) -> str | None:
+        """Why this method cannot take ``site``; None when it can."""
+        if site.layout in self.layouts:
+            return None
+        return f"it takes {', '.join(sorted(self.layouts))}"
 
     def summary(self) -> str:
         """``rtn bits=3 group=64``: the name, the headline, and what differs from its default."""
@@ -83,6 +91,10 @@ class LayerCompressor(Compressor, ABC):
 
         ``problems()`` reads the weights one by one and may be called again for another pass.
         """
+        return self
+
+    def at_site(self, name: str) -> LayerCompressor:
+        """What solves this site: itself, unless ``prepare`` gave sites settings of their own."""
         return self
 
     def result(self, kind: str) -> str:
@@ -130,7 +142,7 @@ class LayerCompressor(Compressor, ABC):
         solver = self.prepare(problems)
         errors = {}
         for site, problem in zip(sites, problems(), strict=True):
-            weight = solver.compress(problem)
+            weight = solver.at_site(site.name).compress(problem)
             errors[site.name] = relative_error(problem, weight)
             if isinstance(weight, Dense):
                 kept = model.get_parameter(site.parameter)
@@ -149,15 +161,20 @@ class CalibratedCompressor(LayerCompressor, ABC):
     weighs_tokens: ClassVar[bool] = True  # when it is loss-weighted
     needs_text: ClassVar[bool] = True  # or else, without text, the data-free self is what is wanted
 
-    propagate: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="how far to correct for the error of the layers before (0 not, 1 fully)",
-    )
+    propagate: float = Field(0.5, ge=0, le=1, description=PROPAGATE)
     loss_weighted: bool = Field(
         False, description="weigh tokens by how much the loss depends on the layer's output"
     )
+
+    @property
+    def reads_gradients(self) -> bool:
+        """Whether the loss's gradients are measured first, which takes the model in memory."""
+        return self.loss_weighted
+
+    @property
+    def shifts(self) -> bool:
+        """Whether a bias takes up the means, so that inputs count less theirs."""
+        return False
 
     @abstractmethod
     def data_free(self) -> LayerCompressor:
@@ -196,6 +213,26 @@ class TransformCompressor(Compressor, ABC):
 
     family: ClassVar[str] = "quantization"
     packs: ClassVar[bool] = False
+
+
+class StructureCompressor(Compressor, ABC):
+    """Makes a dense model of fewer blocks or narrower ones: an ordinary, smaller model."""
+
+    family: ClassVar[str] = "pruning"
+    headline: ClassVar[tuple[str, ...]] = ("amount",)
+    layouts: ClassVar[frozenset[str]] = frozenset({"linear", "conv1d"})
+    needs_text: ClassVar[bool] = True
+
+    amount: float = Field(0.25, gt=0, lt=1, description="share that goes, of what there is")
+
+    def keeps(self, count: int, multiple: int = 1) -> int:
+        """How many of ``count`` blocks, heads or channels stay: the nearest number.
+
+        With a ``multiple`` above 1 it is the next lower multiple, where there is one.
+        """
+        left = count * (1 - self.amount) + 1e-9  # 0.1 of 10 is 1
+        lower = int(left) // multiple * multiple
+        return lower if multiple > 1 and lower else max(1, int(left + 0.5))
 
 
 @dataclass(frozen=True)

@@ -262,6 +262,28 @@ def attach_alias(module: nn.Module, source: nn.Module) -> nn.Module:
     return module
 
 
+def resize(model: nn.Module, sizes: dict[str, dict[str, int]]) -> None:
+    """Make modules as large as their constructors would with other numbers.
+
+    ``sizes``: {module: {attribute: number}}, e.g. ``in_features`` of a Linear or ``num_heads``.
+    """
+    for name, numbers in sizes.items():
+        module = model.get_submodule(name)
+        for key, number in numbers.items():
+            setattr(module, key, number)
+        if isinstance(module, nn.Linear):
+            shape, rows = (module.out_features, module.in_features), module.out_features
+        elif isinstance(module, Conv1D):
+            shape, rows = (module.nx, module.nf), module.nf
+        else:
+            continue
+        for key, size in (("weight", shape), ("bias", (rows,))):
+            old = module._parameters.get(key)
+            if old is not None:
+                new = torch.empty(size, dtype=old.dtype, device=old.device)
+                module._parameters[key] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+
 def _initialized(module: nn.Module) -> None:
     """Tell transformers that there is nothing to initialise but buffers no checkpoint holds."""
     module.__dict__["_is_hf_initialized"] = not module._non_persistent_buffers_set
@@ -277,7 +299,8 @@ class CompressedModel(nn.Module):
     compressed_sites: {module: {"spec": …, "tensors": {name: [shape, dtype]}}} or, for a module
     tied to another, {module: {"alias": other}}. Besides these tensors a checkpoint holds an empty
     ``<module>.weight``: a loader that does not know the format fails on its shape, where it would
-    fill a missing one with random numbers.
+    fill a missing one with random numbers. compressed_shapes: {module: {attribute: number}}, sizes
+    that differ from layer to layer.
     """
 
     config: Any
@@ -286,6 +309,7 @@ class CompressedModel(nn.Module):
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # the model class behind this mixin
+        resize(self, getattr(config, "compressed_shapes", {}))
         for name, site in config.compressed_sites.items():
             if "alias" in site:
                 attach_alias(self.get_submodule(name), self.get_submodule(site["alias"]))

@@ -95,4 +95,6 @@ def test_the_whole_has_the_sparsity_that_was_asked(method: str, text: str, tmp_p
 def test_patterns_are_the_same_everywhere() -> None:
     with pytest.raises(ValueError, match="drop 'allocation'"):
         Wanda(pattern="2:4", allocation="error")
-    assert ADMM(pattern="2:4").pattern == "2:4"
+    assert ADMM(pattern="2:4").allocation == "uniform"
+    assert ADMM.model_validate(ADMM(pattern="2:4").model_dump()) == ADMM(pattern="2:4")
+    assert ADMM(sparsity=0.5).allocation == "error"

@@ -25,6 +25,7 @@ from compress.verify import Verifier
 STAGES = [
     {"use": "svd", "ratio": 0.6},
     {"use": "distill", "steps": 60, "samples": 16, "length": 16, "batch": 4},
+    {"use": "gptq", "bits": 3},
 ]
 LORA = {"use": "lora", "samples": 8, "length": 16}
 PATIENCE = 90.0  # seconds until a moment that never comes is a failure
@@ -71,6 +72,7 @@ def trained_steps(folder: Path) -> int:
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "after the third block": lambda w: (w / "stage-0" / "block-0002.safetensors").exists(),
     "while training": lambda w: trained_steps(w) >= 25,
+    "in a pass over text": lambda w: (w / "stage-2" / "block-0003.safetensors").exists(),
     "while writing": lambda w: (w / "draft").exists(),
 }
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.compressors.pruning.calibrated import CalibratedPruner
+from compress.compressors.pruning.calibrated import ALLOCATION, Allocation, CalibratedPruner
 from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.weights import Sparse
@@ -21,9 +21,11 @@ class ADMM(CalibratedPruner):
     With inputs scaled so that H has a unit diagonal, a dense B and a sparse D are drawn together:
     B = (T H − V + ρD)(H + ρI)⁻¹, D = the largest entries of B + V/ρ, V += ρ(B − D), while ρ
     grows, half as fast as published, for as long as the mask still changes. Conjugate gradients
-    then find the best weights for the mask.
+    then find the best weights for the mask. Matrices whose outputs suffer less lose more, unless
+    a pattern fixes what each loses.
     """
 
+    allocation: Allocation = Field("error", description=ALLOCATION)
     updates: int = Field(
         20, ge=0, description="conjugate-gradient steps for the weights of the final mask"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -13,22 +13,25 @@ from compress.compressors.pruning.allocation import by_error, by_outliers
 from compress.compressors.pruning.magnitude import Magnitude
 from compress.compressors.pruning.pruner import Pruner
 from compress.problem import LayerProblem
-from compress.weights import Weight
+
+Allocation = Literal["uniform", "error", "outliers"]
+ALLOCATION = "the share holds for each matrix, or is shared out between all"
 
 
 class CalibratedPruner(Pruner, CalibratedCompressor, ABC):
     """Pruning by what the layer puts out on the calibration text."""
 
-    allocation: Literal["uniform", "error", "outliers"] = Field(
-        "uniform", description="the share holds for each matrix, or is shared out between all"
-    )
+    allocation: Allocation = Field("uniform", description=ALLOCATION)
     _shares: dict[str, float] = PrivateAttr(default_factory=dict)  # by site, from prepare
 
-    @model_validator(mode="after")
-    def _pattern_is_uniform(self) -> CalibratedPruner:
-        if self.pattern is not None and self.allocation != "uniform":
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_is_uniform(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or raw.get("pattern") is None:
+            return raw
+        if raw.get("allocation", "uniform") != "uniform":
             raise ValueError("pattern decides the sparsity of every matrix; drop 'allocation'")
-        return self
+        return {**raw, "allocation": "uniform"}
 
     def prepare(self, problems: Callable[[], Iterable[LayerProblem]]) -> CalibratedPruner:
         """Share the sparsity out between all sites, from their problems in the unpruned model."""
@@ -39,12 +42,10 @@ class CalibratedPruner(Pruner, CalibratedCompressor, ABC):
         prepared._shares = share_out(problems(), self.share)
         return prepared
 
-    def best(self, problem: LayerProblem) -> tuple[Weight, str]:
-        if problem.name not in self._shares:
-            return super().best(problem)
-        alone = self.model_copy(update={"sparsity": self._shares[problem.name]})
-        alone._shares = {}
-        return alone.best(problem)
+    def at_site(self, name: str) -> CalibratedPruner:
+        if name not in self._shares:
+            return self
+        return self.model_copy(update={"sparsity": self._shares[name]})
 
     def data_free(self) -> Magnitude:
         return Magnitude.model_validate({"sparsity": self.sparsity, "pattern": self.pattern})

@@ -8,13 +8,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.compressors.base import CalibratedCompressor
+from compress.compressors.base import PROPAGATE, CalibratedCompressor
 from compress.compressors.quantization.grid import Grid
 from compress.compressors.quantization.packed import PackedIntegers
 from compress.compressors.quantization.rtn import RTN
 from compress.moments import Moments
 from compress.problem import LayerProblem
-from compress.weights import Quantized
+from compress.weights import Quantized, Weight
 
 BLOCK = 64  # inputs whose errors are carried on one by one before the rest learn of them
 
@@ -28,11 +28,19 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
     the zeros stay zeros, whose errors the others make up for, too.
     """
 
+    propagate: float = Field(0.75, ge=0, le=1, description=PROPAGATE)
     polish: int = Field(
         4,
         ge=0,
         description="rounds of coordinate descent and scale refit, fewer if one gains under 1%",
     )
+
+    @property
+    def reads_gradients(self) -> bool:
+        return self.loss_weighted or not isinstance(self.bits, int)
+
+    def trial(self, problem: LayerProblem, bits: int) -> Weight:
+        return self.model_copy(update={"bits": bits, "polish": 0}).compress(problem)
 
     def data_free(self) -> RTN:
         return RTN(bits=self.bits, group=self.group, symmetric=self.symmetric)

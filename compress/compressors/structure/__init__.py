@@ -1,0 +1,1 @@
+"""Models of another shape: fewer blocks, or narrower ones."""
