@@ -29,7 +29,7 @@ class TuneScales(Recovery):
 
     steps: int = Field(200, ge=1, description="optimizer steps")
     learning_rate: float = Field(
-        2e-2, gt=0, description="highest learning rate; scales take a fifth of it, of their size"
+        1e-2, gt=0, description="highest learning rate; scales take a fifth of it, of their size"
     )
     kl_share: float = Field(1.0, ge=0, le=1, description="weight of KL; cross-entropy has the rest")
     norms: bool = Field(True, description="train norms, biases and other vectors as well")

@@ -16,6 +16,7 @@ from compress.weights import Quantized, Weight
 from compress.weights.modeling_compressed import Compressed, spread, unpack_codes, zero_points
 
 INSIDE = 0.45  # of a step: how far from its code a weight may start, short of the next one
+OWN = 0.6  # of a step, in the mean: nearer to its codes than that a matrix is what they stand for
 SCALE = 0.2  # share of a rounding's step that a scale takes
 
 
@@ -41,7 +42,10 @@ class Rounding(nn.Module):
         zero = None if spec["symmetric"] else zero_points(spec, tensors).float()
         if "codes" in trains and W is not None and W.shape == codes.shape:
             zeros = 0.0 if zero is None else self._spread(zero)
-            start = codes + (W / self._spread(scale) + zeros - codes).clamp(-INSIDE, INSIDE)
+            steps = self._spread(scale)
+            away = W / steps.where(steps != 0, 1.0) + zeros - codes
+            if away.abs().mean() < OWN:  # not a block that has moved up, nor a scaled matrix
+                start = codes + away.clamp(-INSIDE, INSIDE)
         self.start: Tensor
         self.scale: Tensor
         self.zero: Tensor | None
