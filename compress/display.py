@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,14 +15,17 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from compress.compressors.base import Compressor
+    from compress.plan import Plan
     from compress.preflight import Preflight
+    from compress.source import Source
 
+Result = TypeVar("Result")
 screen = Console(stderr=True, highlight=False)
 SHOWN = ("size_bytes", "nll", "kl", "top1_agreement", "decode_tokens_per_s")
 
 
-def follow(events: Generator[Any, None, dict[str, Any]], name: str, quiet: bool) -> dict[str, Any]:
-    """Draw the events of a run as a bar a stage; returns the run's record."""
+def follow(events: Generator[Any, None, Result], name: str, quiet: bool) -> Result:
+    """Draw events as a bar for each of their labels; returns what the generator does."""
     with progress(quiet) as bars:
         tasks: dict[str, Any] = {}
         while True:
@@ -163,4 +166,26 @@ def preflight_table(plan: Preflight) -> None:
         f"({plan.model_after / plan.model_before:.1%}), stored as compactly as it can be\n"
         f"needs  about {size(plan.memory)} of memory beyond the program's own, and "
         f"{size(plan.disk)} of disk while it works"
+    )
+
+
+def plan_table(plan: Plan, source: Source) -> None:
+    """Bits by layer and role, a row a layer, on standard output."""
+    sites = [site for site in source.anatomy.sites if site.name in plan.bits]
+    roles = list(dict.fromkeys(site.role for site in sites if site.block is not None))
+    table = Table("bits", *roles, box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    found = {(site.block, site.role): plan.bits[site.name] for site in sites}
+    for layer in sorted({site.block for site in sites if site.block is not None}):
+        table.add_row(f"layer {layer}", *(str(found.get((layer, role), "")) for role in roles))
+    console = Console(highlight=False)
+    console.print(table)
+    for site in sites:
+        if site.block is None:
+            console.print(f"{site.name}: {plan.bits[site.name]} bits")
+    console.print(
+        f"\nmodel  {source.nbytes:,} → {plan.bytes:,} bytes ({plan.bytes / source.nbytes:.1%}), "
+        f"{1 - plan.bytes / plan.budget:.2%} below the size\n"
+        f"costs  about {plan.cost:.3g} nats a token before its errors make up for each other"
     )

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from compress import distributed
 from compress.anatomy import Site
 from compress.assemble import assemble
-from compress.blockwise import Stop, dense_tensor, put, stops, streamed
+from compress.blockwise import dense_tensor, put, stops, streamed
 from compress.calibration import calibrates, forward_passes
 from compress.compressors.base import CalibratedCompressor, LayerCompressor
 from compress.errors import ModelError
 from compress.events import Event
 from compress.memory import give_back, map_large
-from compress.moments import Moments
-from compress.problem import LayerProblem, relative_error
+from compress.moments import Moments, gathered
+from compress.problem import LayerProblem, Table, relative_error
 from compress.recipe import Recipe, Stage
 from compress.sensitivity import Sensitivity, sensitivities
 from compress.source import Source
@@ -50,6 +50,15 @@ def solve(
         yield from _Calibrated(number, stage, recipe, source, before, store).events()
     else:
         yield from _without_data(number, stage, source, before, store)
+
+
+def problems(
+    stage: Stage, recipe: Recipe, source: Source, before: Blocks, store: Store
+) -> Iterator[LayerProblem]:
+    """Every problem of a calibrated stage in the model as it is, gradients measured; no solving."""
+    looking = _Calibrated(0, stage, recipe, source, before, store)
+    looking.sensitivities = looking.measured()
+    yield from looking.problems()
 
 
 def _without_data(
@@ -162,6 +171,12 @@ class _Calibrated:
         self.shifted: dict[str, Tensor] = {}  # biases that the model in memory has yet to get
         self.open: dict[int, Part] = {}  # blocks with sites that are still to be solved
         self.sites = {site.name: site for site in stage.sites(source.anatomy)}
+        self.heads = [  # of which a matrix of all outputs' moments would be too large
+            name
+            for site in self.sites.values()
+            for name in (site.name, *site.aliases)
+            if (site.role == "head" or name in site.aliases) and self._is_linear(name)
+        ]
         self.solvers = _solvers(stage, source)
         self.left: dict[int, dict[str, Site]] = {}
         self.done = {i for i in range(len(source.anatomy.blocks)) if store.has(i)}
@@ -173,8 +188,7 @@ class _Calibrated:
 
     def events(self) -> Iterator[Event]:
         if any(self.solver(name).reads_gradients for name in self.sites):
-            whole = assemble(self.source, self.before, torch.float32)
-            self.sensitivities = sensitivities(whole, self.forwards, self.readers())
+            self.sensitivities = self.measured()
         self.solvers = _prepared(self.solvers, self.compressor, self.problems)
         total = sum(map(len, self.left.values()))
         start = time.perf_counter()
@@ -185,7 +199,8 @@ class _Calibrated:
             done = total - sum(map(len, self.left.values()))
             return Event(self.stage.use, done, total, {"seconds": seconds})
 
-        for name, moments in self.tables().items():
+        left = [site for sites in self.left.values() for site in sites.values()]
+        for name, moments in self.tables(left).items():
             self.read(self.blocks[name])
             self.settle(name, moments)
             yield event()
@@ -208,7 +223,13 @@ class _Calibrated:
 
     def problems(self) -> Iterator[LayerProblem]:
         """Problems, in the model as it is before the stage, of sites without overrides."""
-        names = [name for name in self.readers() if self.solvers[name] is self.compressor]
+        common = {name for name, solver in self.solvers.items() if solver is self.compressor}
+        if self.compressor.plans_tables:
+            tables = [site for name, site in self.sites.items() if name in common]
+            for name, read in self.tables(tables).items():
+                part = self.before.read(self.blocks[name])
+                yield self.problem(name, part.weights[name], read, None)
+        names = [name for name in self.readers() if name in common]
         for _, name, moments in self.walk(names, self.before.read, moving=False):
             part = self.before.read(self.blocks[name])
             if self.compressor.shifts and f"{name}.bias" in part.others:
@@ -228,18 +249,33 @@ class _Calibrated:
         self, name: str, weight: Weight, moments: Moments | None, goal: Tensor | None
     ) -> LayerProblem:
         known = self.sensitivities.get(name)
-        return LayerProblem(name, weight, moments, goal, Moments(known.outputs) if known else None)
+        if known and name not in self.heads and self.sites[name].layout != "embedding":
+            return LayerProblem(name, weight, moments, goal, Moments(known.outputs))
+        return LayerProblem(name, weight, moments, goal, table=self._table(name))
 
-    def tables(self) -> dict[str, Moments | None]:
-        """Embeddings that are left: they read no activations, unless one is the head, too.
+    def _table(self, name: str) -> Table | None:
+        """What the loss says of an embedding, of a head, or of one that is both."""
+        known = self.sensitivities.get(name)
+        heads = [self.sensitivities.get(n) for n in (name, *self.sites[name].aliases)]
+        logits = next((h.outputs for h in heads if h and h.outputs.dim() == 1), None)
+        if known and self.sites[name].layout == "embedding":
+            return Table(known.lookups, known.outputs, logits)
+        return None if logits is None else Table(logits=logits)
+
+    def measured(self) -> dict[str, Sensitivity]:
+        """What the loss's gradient says of every site; takes the model in memory."""
+        whole = assemble(self.source, self.before, torch.float32)
+        names = [name for name in self.sites if name not in self.heads]
+        return sensitivities(whole, self.forwards, names, self.heads)
+
+    def tables(self, sites: Sequence[Site]) -> dict[str, Moments | None]:
+        """The embeddings of ``sites``: they read no activations, unless one is the head, too.
 
         What a tied head reads is measured before anything changes.
         """
-        left = {n: s for sites in self.left.values() for n, s in sites.items()}
-        tables: dict[str, Moments | None] = {
-            name: None for name, site in left.items() if site.layout == "embedding"
-        }
-        heads = {alias: name for name in tables for alias in left[name].aliases}
+        embeddings = [site for site in sites if site.layout == "embedding"]
+        tables: dict[str, Moments | None] = {site.name: None for site in embeddings}
+        heads = {alias: site.name for site in embeddings for alias in site.aliases}
         heads = {a: n for a, n in heads.items() if self._is_linear(a)}
         for _, alias, moments in self.walk(list(heads), self.before.read, moving=False):
             tables[heads[alias]] = moments
@@ -278,7 +314,7 @@ class _Calibrated:
                 name, before = stop.name, weights
                 weights = self._token_weights(name)
                 if moments is None or weights or before or not stop.again:
-                    moments = _moments(stop, self._width(name), weights)
+                    moments = gathered(stop.batches(), self._width(name), weights)
                 del stop  # and with it what the passes need no more once they go on
                 yield models[0], name, moments
 
@@ -357,30 +393,3 @@ class _Calibrated:
 
     def _is_linear(self, name: str) -> bool:
         return isinstance(self.source.skeleton.get_submodule(name), nn.Linear)
-
-
-def _moments(stop: Stop, width: int, weights: list[Tensor] | None) -> Moments:
-    """H, and G where a second model waits at the same site with as many tokens."""
-    H, mean = torch.zeros(width, width), torch.zeros(width)
-    G, wanted_mean = torch.zeros(width, width), torch.zeros(width)
-    tokens, paired = 0, len(stop.inputs) > 1
-    for number, (inputs, *others) in stop.batches():
-        assert inputs is not None
-        x = inputs.reshape(-1, width).float()
-        weighted = x if weights is None else x * weights[number][:, None]
-        H.addmm_(weighted.T, x)
-        mean += weighted.sum(0)
-        tokens += len(x)
-        original = others[0] if others else None
-        if original is None or original.shape != inputs.shape:
-            paired = False
-        else:
-            wanted = original.reshape(-1, width).float()
-            G.addmm_(weighted.T, wanted)
-            wanted_mean += (wanted if weights is None else wanted * weights[number][:, None]).sum(0)
-    paired = bool(distributed.least(paired))
-    tokens = max(1, int(distributed.total(torch.tensor(tokens))))
-    H, mean = distributed.total(H) / tokens, distributed.total(mean) / tokens
-    if not paired:
-        return Moments(H, None, mean)
-    return Moments(H, distributed.total(G) / tokens, mean, distributed.total(wanted_mean) / tokens)

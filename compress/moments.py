@@ -5,10 +5,13 @@ Sites that read one input share one ``Moments``, so that a factorization is made
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from compress import distributed
 
 DAMPING = 0.01  # of the mean diagonal (GPTQ, arXiv 2210.17323)
 
@@ -122,3 +125,36 @@ class Moments:
         change = (self.G - self.H) @ W.T  # H is symmetric
         step = torch.cholesky_solve(change.double(), self.factor).T
         return (W.double() + strength * step).float()
+
+
+def gathered(
+    batches: Iterable[tuple[int, list[Tensor | None]]], width: int, weights: list[Tensor] | None
+) -> Moments:
+    """The moments of what a site reads, over all batches and processes.
+
+    ``batches`` gives numbers and inputs [..., width]: X̂, and maybe X beside it. G is left out
+    unless there are as many tokens of X everywhere. ``weights`` [tokens] by number of batch.
+    """
+    H, mean = torch.zeros(width, width), torch.zeros(width)
+    G, wanted_mean = torch.zeros(width, width), torch.zeros(width)
+    tokens, paired = 0, True
+    for number, (inputs, *others) in batches:
+        assert inputs is not None
+        x = inputs.reshape(-1, width).float()
+        weighted = x if weights is None else x * weights[number][:, None]
+        H.addmm_(weighted.T, x)
+        mean += weighted.sum(0)
+        tokens += len(x)
+        original = others[0] if others else None
+        if original is None or original.shape != inputs.shape:
+            paired = False
+        else:
+            wanted = original.reshape(-1, width).float()
+            G.addmm_(weighted.T, wanted)
+            wanted_mean += (wanted if weights is None else wanted * weights[number][:, None]).sum(0)
+    paired = bool(distributed.least(paired))
+    tokens = max(1, int(distributed.total(torch.tensor(tokens))))
+    H, mean = distributed.total(H) / tokens, distributed.total(mean) / tokens
+    if not paired:
+        return Moments(H, None, mean)
+    return Moments(H, distributed.total(G) / tokens, mean, distributed.total(wanted_mean) / tokens)

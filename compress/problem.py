@@ -13,6 +13,20 @@ from compress.weights import Dense, Weight
 
 
 @dataclass(frozen=True)
+class Table:
+    """What the loss says of a table whose rows are looked up, or make logits, or both.
+
+    lookups   float32 [out], how often each row is looked up, a token; None if none is
+    found     float32 [in, in], second moments of the loss's gradient at what is looked up
+    logits    float32 [out], mean squares of the gradient at a head's outputs; None if it is none
+    """
+
+    lookups: Tensor | None = None
+    found: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class LayerProblem:
     """Find Ŵ near W in what the layer puts out, for few bytes.
 
@@ -24,6 +38,7 @@ class LayerProblem:
              X̂ carries from the layers before (see ``Moments.corrected``)
     gradients  second moments [out, out] of the loss's gradient at the outputs, if measured: an
              error D of the weight then costs about tr(F D H Dᵀ) of loss
+    table    the same of an embedding or a head
     """
 
     name: str
@@ -31,6 +46,7 @@ class LayerProblem:
     moments: Moments | None = None
     goal: Tensor | None = None
     gradients: Moments | None = None
+    table: Table | None = None
 
     @classmethod
     def of(cls, matrix: Tensor, H: Tensor | None = None, name: str = "matrix") -> LayerProblem:

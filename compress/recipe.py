@@ -82,10 +82,10 @@ class Stage(BaseModel):
         for pattern in self.overrides:
             select(chosen, [pattern], [], None, anatomy.layers)
         for site in chosen:
-            reason = self.compressor_for(site).refuses(site)
-            if reason is not None:
+            if site.layout not in self.compressor.layouts:
                 raise RecipeError(
-                    f"{self.use} cannot compress {site.name}, an {site.layout}; {reason}"
+                    f"{self.use} cannot compress {site.name}, an {site.layout}; "
+                    f"it takes {', '.join(sorted(self.compressor.layouts))}"
                 )
         return chosen
 
@@ -381,7 +381,9 @@ def _explain(error: ValidationError, at: str) -> str:
     """The first thing wrong, with its place, what was given and what is allowed."""
     first = error.errors()[0]
     place = at + ".".join(
-        str(p) for p in first["loc"] if not str(p).startswith(("function", "lit"))
+        str(p)
+        for p in first["loc"]
+        if not str(p).startswith(("function", "lit")) and p not in ("int", "float")
     )
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]

@@ -17,33 +17,58 @@ class Sensitivity:
     """Of one site, over the calibration text, g = ∂loss/∂output:
 
     tokens    for each forward pass float32 [tokens], the mean over outputs of g², mean 1 over all
-    outputs   float32 [out, out], the second moment gᵀg / T
+    outputs   float32 [out, out], the second moment gᵀg / T; of a head its diagonal [out]
+    lookups   float32 [rows], how often an embedding's rows are looked up, a token
     """
 
     tokens: list[Tensor] = field(default_factory=list)
     outputs: Tensor = field(default_factory=lambda: torch.zeros(()))
+    lookups: Tensor = field(default_factory=lambda: torch.zeros(()))
 
 
 def sensitivities(
-    model: Any, forwards: Sequence[Callable[[nn.Module], Any]], names: Sequence[str]
+    model: Any,
+    forwards: Sequence[Callable[[nn.Module], Any]],
+    names: Sequence[str],
+    heads: Sequence[str] = (),
 ) -> dict[str, Sensitivity]:
     """What the loss's gradient says of each site that it reaches; ``model`` is whole in memory.
+
+    ``heads`` are sites too, with more outputs than a matrix of moments could be kept of.
 
     The loss is the negative log-likelihood of tokens drawn from the model's own prediction, so
     that the squares estimate the Fisher information (GuidedQuant, arXiv 2505.07004, with one
     group of output rows; K-FAC, arXiv 1503.05671).
     """
+    names = [*names, *heads]
     found = {name: Sensitivity() for name in names}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, __: Any, grad: tuple[Tensor, ...]) -> None:
-            g = grad[0].detach().float().flatten(0, -2)
+        def arrived(grad: Tensor) -> None:
+            g = grad.detach().float().flatten(0, -2)
             found[name].tokens.append(g.square().mean(-1))
-            found[name].outputs = found[name].outputs + g.T @ g
+            moments = g.square().sum(0) if name in heads else g.T @ g
+            found[name].outputs = found[name].outputs + moments
+
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(arrived)
 
         return hook
 
-    handles = [model.get_submodule(n).register_full_backward_hook(keep(n)) for n in names]
+    def count(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, ids: tuple[Tensor, ...]) -> None:
+            rows = module.get_parameter("weight").shape[0]
+            seen = torch.bincount(ids[0].flatten(), minlength=rows)
+            found[name].lookups = found[name].lookups + seen.float()
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in names]
+    for name in names:
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            handles.append(module.register_forward_pre_hook(count(name)))
     random = torch.Generator().manual_seed(distributed.rank())
     embedding = model.get_input_embeddings().weight  # a gradient of this makes all others flow
     embedding.requires_grad_(True)
@@ -70,4 +95,5 @@ def _scaled(one: Sensitivity) -> bool:
     mean = distributed.total(torch.stack([t.sum() for t in one.tokens]).sum()) / count
     one.tokens = [t / mean.clamp(min=1e-30) for t in one.tokens]
     one.outputs = distributed.total(one.outputs) / count
+    one.lookups = distributed.total(one.lookups) / count
     return True

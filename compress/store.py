@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -129,16 +130,10 @@ class SafetensorsWriter:
     def close(self) -> None:
         self._stream.close()
         self._entries.sort(key=lambda e: (-e[5], e[0]))
-        header: dict[str, Any] = {"__metadata__": self.metadata}
-        offset = 0
-        for name, dtype, shape, _, size, _ in self._entries:
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-            offset += size
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text += b" " * (-len(text) % 8)
+        header = _header([(n, d, s, size) for n, d, s, _, size, _ in self._entries], self.metadata)
         draft = self.path.with_name(self.path.name + ".draft")
         with draft.open("wb") as out, self._side.open("rb") as side:
-            out.write(len(text).to_bytes(8, "little") + text)
+            out.write(header)
             for _, _, _, start, size, _ in self._entries:
                 side.seek(start)
                 while size:
@@ -151,6 +146,27 @@ class SafetensorsWriter:
             os.fsync(out.fileno())
         draft.replace(self.path)
         self._side.unlink()
+
+
+def _header(entries: Iterable[tuple[str, str, list[int], int]], metadata: dict[str, str]) -> bytes:
+    """What stands before the tensors: (name, dtype, shape, bytes) of each, in their order."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, dtype, shape, size in entries:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def file_size(tensors: Mapping[str, Tensor]) -> int:
+    """Bytes of a safetensors file of these tensors, which may be on the meta device."""
+    found = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    entries = [
+        (name, _NAMES[t.dtype], list(t.shape), t.numel() * t.dtype.itemsize) for name, t in found
+    ]
+    return len(_header(entries, {"format": "pt"})) + sum(size for *_, size in entries)
 
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",

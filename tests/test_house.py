@@ -24,7 +24,7 @@ LAYERS = (
     "problem", "store", "data", "objective", "sharded", "training", "compressors", "registry",
     "recipe", "source", "shape", "blockwise", "assemble", "formats", "checkpoint", "calibration",
     "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring",
-    "heads", "rotation", "transform", "narrowing", "shortening", "structure", "run", "api",
+    "heads", "rotation", "transform", "narrowing", "shortening", "structure", "run", "plan", "api",
     "testing", "display", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}

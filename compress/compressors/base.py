@@ -51,12 +51,6 @@ class Compressor(BaseModel):
         """The kind of weight this makes of one of ``kind``."""
         return self.makes
 
-    def refuses(self, site: Site) -> str | None:
-        """Why this method cannot take ``site``; None when it can."""
-        if site.layout in self.layouts:
-            return None
-        return f"it takes {', '.join(sorted(self.layouts))}"
-
     def summary(self) -> str:
         """``rtn bits=3 group=64``: the name, the headline, and what differs from its default."""
         shown = [
@@ -159,6 +153,7 @@ class CalibratedCompressor(LayerCompressor, ABC):
     """A layer method that looks at what the layer reads; with H = I it is its data-free self."""
 
     weighs_tokens: ClassVar[bool] = True  # when it is loss-weighted
+    plans_tables: ClassVar[bool] = False  # whether prepare looks at embeddings as well
     needs_text: ClassVar[bool] = True  # or else, without text, the data-free self is what is wanted
 
     propagate: float = Field(0.5, ge=0, le=1, description=PROPAGATE)

@@ -21,7 +21,6 @@ from compress.compressors.quantization.rtn import RTN
 from compress.errors import RecipeError
 from compress.moments import Moments
 from compress.problem import LayerProblem
-from compress.source import Source
 
 SHAPES = {"wide": (8, 64), "tall": (48, 16), "square": (24, 24)}
 
@@ -62,7 +61,7 @@ def test_no_other_bits_cost_less(method: type[RTN] | type[GPTQ]) -> None:
     asked = method(bits=3.4, group=16)
     solver = asked.prepare(lambda: iter(made))
     table = {
-        (p.name, b): (asked._size(p.weight.shape, p.dtype, b), cost(p, asked.trial(p, b)))
+        (p.name, b): (asked.size(p.weight.shape, p.dtype, b), cost(p, asked.trial(p, b)))
         for p in made
         for b in WIDTHS
     }
@@ -101,7 +100,7 @@ def test_a_model_takes_the_bytes_of_the_average(method: str, text: str, tmp_path
     taken = sum(site["bytes"] for site in info["sites"])
     stage = recipe.stages[0].compressor
     assert isinstance(stage, RTN | GPTQ)
-    asked = sum(stage._size(tuple(s["shape"]), torch.bfloat16, 3.3) for s in info["sites"])
+    asked = sum(stage.size(tuple(s["shape"]), torch.bfloat16, 3.3) for s in info["sites"])
     assert 0.98 * asked <= taken <= asked
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     groups = config["quantization_config"]["config_groups"].values()
@@ -110,9 +109,20 @@ def test_a_model_takes_the_bytes_of_the_average(method: str, text: str, tmp_path
     assert bits <= set(WIDTHS)
 
 
-def test_an_average_is_not_for_tables_or_one_matrix() -> None:
-    made = recipes.load_one({"stages": [{"use": "gptq", "bits": 3.5, "targets": ["all"]}]})
-    with pytest.raises(RecipeError, match=r"embed_tokens.*stage of its own"):
-        made.stages[0].sites(Source("demo").anatomy)
+def test_tables_are_planned_with_the_rest(text: str, tmp_path: Path) -> None:
+    made = {
+        "model": "demo",
+        "stages": [{"use": "gptq", "bits": 3.3, "targets": ["all"]}],
+        "calibration": {"data": text, "samples": 8, "length": 64},
+    }
+    info = runs.apply(recipes.load_one(made), tmp_path / "out", verify=False)
+    names = {site["name"] for site in info["sites"]}
+    assert "model.embed_tokens" in names
+    stage = GPTQ(bits=3.3)
+    asked = sum(stage.size(tuple(s["shape"]), torch.bfloat16, 3.3) for s in info["sites"])
+    assert 0.98 * asked <= sum(site["bytes"] for site in info["sites"]) <= asked
+
+
+def test_an_average_is_not_for_one_matrix() -> None:
     with pytest.raises(RecipeError, match="an average over the matrices"):
         compressor("rtn", bits=3.5)(normal(8, 64, seed=0))

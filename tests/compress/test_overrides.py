@@ -72,9 +72,7 @@ def test_bytes_are_predicted_and_bits_are_as_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_overriding_everything_is_the_other_recipe(
-    method: str, text: str, tmp_path: Path
-) -> None:
+def test_overriding_everything_is_the_other_recipe(method: str, text: str, tmp_path: Path) -> None:
     data = {"calibration": {"data": text, "samples": 4, "length": 64}}
     plain = {"use": method, "bits": 3, "group": 32}
     other = {"use": method, "bits": 6, "overrides": {"all": {"bits": 3, "group": 32}}}

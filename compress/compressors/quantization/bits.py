@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from compress.compressors.budget import allocate
 from compress.problem import LayerProblem
@@ -16,36 +18,55 @@ Trial = Callable[[LayerProblem, int], Weight]  # the weight of a problem in so m
 Size = Callable[[tuple[int, int], torch.dtype, float], int]  # bytes of [out, in] in so many bits
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A matrix, and for each of ``WIDTHS`` its bytes (int64) and the ``cost`` of a trial."""
+
+    name: str
+    sizes: Tensor
+    costs: Tensor
+
+    @classmethod
+    def of(cls, problem: LayerProblem, trial: Trial, size: Size) -> Choice:
+        costs = torch.tensor([cost(problem, trial(problem, b)) for b in WIDTHS]).double()
+        sizes = [size(problem.weight.shape, problem.dtype, b) for b in WIDTHS]
+        return cls(problem.name, torch.tensor(sizes), costs.cummin(0).values)
+
+
+def choose(choices: Sequence[Choice], budget: int) -> dict[str, int]:
+    """Bits of every matrix, of least Σ cost within ``budget`` bytes; the least bits beyond it."""
+    chosen = allocate([(c.sizes, c.costs) for c in choices], budget)
+    return {c.name: WIDTHS[i] for c, i in zip(choices, chosen, strict=True)}
+
+
 def share_out(
     problems: Iterable[LayerProblem], average: float, trial: Trial, size: Size
 ) -> dict[str, int]:
-    """Bits of every site, of least Σ cost for the bytes that ``average`` bits would take.
-
-    The cost of a site is what rounding it does to the loss: see ``cost``. Σ is over errors of
-    weights that were really rounded, one trial for each of ``WIDTHS``.
-    """
-    names, options, budget = [], [], 0
+    """Bits of every site, of least Σ cost for the bytes that ``average`` bits would take."""
+    choices, budget = [], 0
     for problem in problems:
-        shape = problem.weight.shape
-        costs = torch.tensor([cost(problem, trial(problem, b)) for b in WIDTHS]).double()
-        names.append(problem.name)
-        options.append((
-            torch.tensor([size(shape, problem.dtype, b) for b in WIDTHS]),
-            costs.cummin(0).values,
-        ))  # fmt: skip
-        budget += size(shape, problem.dtype, average)
-    chosen = allocate(options, budget)
-    return {name: WIDTHS[c] for name, c in zip(names, chosen, strict=True)}
+        choices.append(Choice.of(problem, trial, size))
+        budget += size(problem.weight.shape, problem.dtype, average)
+    return choose(choices, budget)
 
 
 def cost(problem: LayerProblem, weight: Weight) -> float:
     """½ tr(F D H Dᵀ), D = Ŵ − T: about the KL to the model before (K-FAC, arXiv 1503.05671).
 
-    F is the second moment of the loss's gradient at the outputs. Where it was not measured, the
-    error tr(D H Dᵀ) over the root of the output's energy, as for shares of a sparsity.
+    F is the second moment of the loss's gradient at the outputs: of a head its diagonal, and of
+    rows that are looked up ½ Σ_v lookups_v · D_v F D_vᵀ. Where nothing was measured, the error
+    tr(D H Dᵀ) over the root of the output's energy, as for shares of a sparsity.
     """
     D = weight.dense() - problem.target
     through = D if problem.H is None else D @ problem.H
+    table = problem.table
+    if table is not None:
+        rows = torch.zeros(len(D))
+        if table.lookups is not None and table.found is not None:
+            rows += table.lookups * ((D @ table.found) * D).sum(1)
+        if table.logits is not None:
+            rows += table.logits * (through * D).sum(1)
+        return 0.5 * rows.sum(dtype=torch.float64).item()
     if problem.gradients is not None:
         return 0.5 * ((problem.gradients.H @ D) * through).sum(dtype=torch.float64).item()
     return (through * D).sum(dtype=torch.float64).item() / max(problem.energy, 1e-30) ** 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -27,6 +28,8 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
     for the codes as they are; every step of that lowers tr((T − Ŵ) H (T − Ŵ)ᵀ). Of a pruned weight
     the zeros stay zeros, whose errors the others make up for, too.
     """
+
+    plans_tables: ClassVar = True
 
     propagate: float = Field(0.75, ge=0, le=1, description=PROPAGATE)
     polish: int = Field(

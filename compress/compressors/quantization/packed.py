@@ -11,7 +11,6 @@ import torch
 from pydantic import Field, PrivateAttr, field_validator
 from torch import Tensor
 
-from compress.anatomy import Site
 from compress.compressors.base import LayerCompressor, Shape
 from compress.compressors.quantization.bits import share_out
 from compress.compressors.quantization.grid import Grid, search_grid
@@ -55,13 +54,8 @@ class PackedIntegers(LayerCompressor, ABC):
         if isinstance(self.bits, int):
             return self
         prepared = self.model_copy()
-        prepared._bits = share_out(problems(), self.bits, self.trial, self._size)
+        prepared._bits = share_out(problems(), self.bits, self.trial, self.size)
         return prepared
-
-    def refuses(self, site: Site) -> str | None:
-        if not isinstance(self.bits, int) and site.layout == "embedding":
-            return "an average is over matrices that read activations; give it a stage of its own"
-        return super().refuses(site)
 
     def at_site(self, name: str) -> PackedIntegers:
         return self.model_copy(update={"bits": self._bits[name]}) if name in self._bits else self
@@ -87,13 +81,13 @@ class PackedIntegers(LayerCompressor, ABC):
         )
 
     def predict(self, shape: Shape, dtype: torch.dtype) -> int:
-        return self._size(shape, dtype, self.bits)
+        return self.size(shape, dtype, self.bits)
 
-    def _size(self, shape: Shape, dtype: torch.dtype, bits: float) -> int:
+    def size(self, shape: Shape, dtype: torch.dtype, bits: float) -> int:
         """Bytes in ``bits`` a weight; between two whole numbers of them, in between."""
         low = math.floor(bits)
         if low < bits:
-            below, above = (self._size(shape, dtype, b) for b in (low, low + 1))
+            below, above = (self.size(shape, dtype, b) for b in (low, low + 1))
             return below + int((bits - low) * (above - below))
         rows, columns = shape
         groups = 1 if self.group == "channel" else -(-columns // self.group)
