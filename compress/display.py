@@ -37,12 +37,20 @@ def follow(events: Generator[Any, None, Result], name: str, quiet: bool) -> Resu
             except StopIteration as stop:
                 return stop.value
             numbers = event.numbers
-            note = f"loss {numbers['loss']:.3f}" if "loss" in numbers else ""
+            note = _note(numbers)
             if event.label not in tasks:
                 tasks[event.label] = bars.add_task(
                     f"{name}: {event.label}", total=event.total, note=""
                 )
             bars.update(tasks[event.label], completed=event.done, total=event.total, note=note)
+
+
+def _note(numbers: dict[str, float]) -> str:
+    """``loss 0.123, 4,567 tokens/s``: how a training stands."""
+    said = [f"loss {numbers['loss']:.3f}"] if "loss" in numbers else []
+    if "tokens_per_s" in numbers:
+        said.append(f"{numbers['tokens_per_s']:,.0f} tokens/s")
+    return ", ".join(said)
 
 
 @contextmanager

@@ -68,5 +68,6 @@ def _several() -> bool:
     if not dist.is_initialized():
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return False
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        cuda = ",cuda:nccl" if torch.cuda.is_available() else ""
+        dist.init_process_group(f"cpu:gloo{cuda}", timeout=PATIENCE)
     return dist.get_world_size() > 1

@@ -126,8 +126,8 @@ def _activations(recipe: Recipe, models: list[Source]) -> int:
 def _disk(recipe: Recipe, whole: int, after: int) -> int:
     """The result, and the blocks of two stages while one is made from the other."""
     work = min(len(recipe.stages), 2) * whole
-    training = any(isinstance(s.compressor, TrainingCompressor) for s in recipe.stages)
-    return after + work + (10 * whole if training else 0)
+    training = [s.compressor for s in recipe.stages if isinstance(s.compressor, TrainingCompressor)]
+    return after + work + (10 * whole if training else 0) + sum(c.disk() for c in training)
 
 
 def check_output(out: Path, *, overwrite: bool = False) -> None:

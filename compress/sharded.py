@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -47,9 +46,11 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def gather(model: nn.Module) -> None:
-    """Give ``model`` whole parameters again."""
+    """Give ``model`` whole parameters again, on the CPU; it cannot be run any more."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if isinstance(parameter, DTensor):
-                full = torch.nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
-                module._parameters[name] = full
+            if parameter is not None:
+                full = whole(parameter.detach()).cpu()
+                module._parameters[name] = nn.Parameter(full, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.cpu()

@@ -68,6 +68,7 @@ class Schedule:
     weight_decay: float = 0.0
     check_every: int = 25
     patience: int = 6
+    begin: float = 1 / 3  # share of the steps after which what comes later moves as well
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, …: linear warm-up, then cosine decay to a tenth."""
@@ -83,6 +84,7 @@ class Trainer:
 
     ``report`` is called after every step with its number, how many there are, and numbers: loss,
     tokens a second (of windows of ``length`` tokens), seconds left, and at a check held.
+    Parameters whose name is ``later`` stay as they are for the first ``begin`` of the steps.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Trainer:
         report: Report,
         precision: Precision = "auto",
         length: int = 1,
+        later: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.objective, self.schedule, self.seed, self.length = objective, schedule, seed, length
         self.report, self.processes = report, distributed.size()
@@ -112,8 +115,17 @@ class Trainer:
             self.model = sharded.shard(objective.to(self.accelerator.device))
         else:
             self.model = self.accelerator.prepare_model(objective)
-        self.trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=schedule.weight_decay)
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.trained = [p for _, p in named]
+        groups = [
+            {"params": [p for name, p in named if later(name) is second], "later": second}
+            for second in (False, True)
+        ]
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=0.0,
+            weight_decay=schedule.weight_decay,
+        )
         self.progress = _Progress(folder / STATE, self.trained, self.optimizer)
 
     def fit(self, train: Tensor, held: Tensor) -> dict[str, Any]:
@@ -169,12 +181,15 @@ class Trainer:
 
     def release(self) -> None:
         """Leave the objective with whole parameters of its own, on the CPU."""
-        sharded.gather(self.objective)
-        self.objective.cpu()
+        if sharded.wanted():
+            sharded.gather(self.objective)
+        else:
+            self.objective.cpu()
 
     def _step(self, rows: Tensor, step: int) -> float:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.rate(step)
+            waits = group["later"] and step < self.schedule.begin * self.schedule.steps
+            group["lr"] = 0.0 if waits else self.schedule.rate(step)
         count = self.objective.count(rows, step)
         pieces = rows.tensor_split(self.processes * self.schedule.accumulate)
         mine = pieces[distributed.rank() :: self.processes]

@@ -19,6 +19,7 @@ from markupsafe import Markup
 from compress.errors import CheckpointError, DataError
 from eval import chart
 from eval.compare import BETTER, SAME, is_higher_better
+from eval.curves import curves
 from eval.layers import layers
 from eval.measured import Measured, read_checkpoint, with_unique_names
 from eval.pages import environment
@@ -227,6 +228,7 @@ def _context(comparison: Comparison, out: Path) -> dict[str, Any]:
         "tasks": task_columns(rows, comparison.reference),
         "slices": slice_tables(rows, comparison.reference, comparison.metric),
         "speeds": speeds(rows),
+        "curves": curves(rows),
         "texts": _texts(comparison),
         "reproduction": _reproduction(comparison),
         "commands": _commands(comparison, out),

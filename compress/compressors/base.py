@@ -307,7 +307,9 @@ class TrainingCompressor(Compressor, ABC):
     accepts: ClassVar[frozenset[str]] = frozenset(Weight.kinds)
     packs: ClassVar[bool] = False
 
-    teacher: str | None = None
+    teacher: str | None = Field(
+        None, description="folder of another model to learn from, with the same tokenizer"
+    )
 
     def result(self, kind: str) -> str:
         return kind
@@ -319,6 +321,10 @@ class TrainingCompressor(Compressor, ABC):
     @abstractmethod
     def train(self, run: TrainingRun) -> dict[str, Any]:
         """Train ``run.student`` in place; returns numbers for the record."""
+
+    def disk(self) -> int:
+        """Bytes of its own that it keeps on disk, beside the state of the training."""
+        return 0
 
     def finish(self, module: nn.Module, site: Site, weight: Weight) -> Weight:
         """The weight of ``site`` after training; ``weight`` is what it was before."""

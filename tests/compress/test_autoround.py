@@ -30,6 +30,15 @@ def test_it_starts_with_the_weight_as_it_was(setting: tuple[int, bool, int]) -> 
         assert torch.equal(again.tensors[name], tensor), name
 
 
+def test_another_matrix_is_no_guide() -> None:
+    """After blocks were dropped, the original's matrix of that name may be another's."""
+    for bits, symmetric, group in SETTINGS:
+        _, weight, rounding = made(bits, symmetric, group)
+        assert (rounding.start != rounding.codes()).float().mean() > 0.5
+        other = Rounding(weight.spec, dict(weight.tensors), normal(12, 40, seed=9))
+        assert torch.equal(other.start, other.codes())
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_what_is_stored_is_what_was_trained(setting: tuple[int, bool, int]) -> None:
     _, weight, rounding = made(*setting)

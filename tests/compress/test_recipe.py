@@ -40,7 +40,12 @@ PARAMETERS: dict[str, list[dict[str, st.SearchStrategy[Any]]]] = {
     "nf4": [{"group": st.sampled_from([64, 128, 256, 512]), "double_quant": st.booleans()}],
     "svd": [{"rank": size}, {"ratio": share}, {"energy": share}],
     "lora": [{"rank": size, "alpha": st.floats(0.1, 100), **training}],
-    "distill": [{"norms": st.booleans(), **training}],
+    "distill": [
+        {"norms": st.booleans(), **training},
+        {"loss": st.sampled_from(["forward", "reverse", "skewed", "js"]), "cache": size},
+        {"hidden": share, "attention": share, "on_policy": share, "recompute": st.booleans()},
+    ],
+    "tune_scales": [{"reround": st.booleans(), **training}],
 }
 patterns = st.lists(
     st.sampled_from(["blocks", "all", "q_proj", "model.layers.1.*", "re:up$"]), min_size=1

@@ -14,10 +14,12 @@ from compress.compressors.distillation.recovery import Recovery, vectors
 class Distill(Recovery):
     """Train the compressed model to predict as the original does (arXiv 1503.02531).
 
-    loss = kl_share · T²·KL(teacher_T ‖ student_T) + (1 − kl_share) · cross-entropy. What trains is
-    the stored form of the chosen sites: matrices, low-rank factors, the surviving values of a
-    sparse matrix (its zeros stay), and with ``norms`` norms and biases. Packed weights stay as
-    they are.
+    loss = kl_share · T²·D(teacher_T, student_T) + (1 − kl_share) · cross-entropy, D a divergence
+    (KL(teacher ‖ student) unless said otherwise), with differences of hidden states and attention
+    if asked for. What trains is the stored form of the chosen sites: matrices, low-rank factors,
+    the surviving values of a sparse matrix (its zeros stay), and with ``norms`` norms and biases.
+    Packed weights stay as they are: ``tune_scales`` trains those. With ``teacher`` any small model
+    learns from any big one that reads the same tokens.
     """
 
     default_targets: ClassVar = ("all",)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -30,9 +29,10 @@ from compress.training import Precision, Schedule, Trainer
 
 
 class Recovery(TrainingCompressor):
-    """loss = kl_share · T²·KL(teacher_T ‖ student_T) + (1 − kl_share) · cross-entropy.
+    """loss = kl_share · T²·D(teacher_T, student_T) + (1 − kl_share) · cross-entropy + features.
 
-    Methods differ in what they train. The best step by KL on held-out text is kept.
+    D is one of several divergences. Methods differ in what they train. The best step by
+    KL(teacher ‖ student) on held-out text is kept.
     """
 
     family: ClassVar = "distillation"
@@ -61,9 +61,6 @@ class Recovery(TrainingCompressor):
     cache: int | None = Field(
         None, ge=1, description="keep this many of the teacher's likeliest tokens on disk, not it"
     )
-    teacher: str | None = Field(
-        None, description="folder of another model to learn from, with the same tokenizer"
-    )
     accumulate: int = Field(1, ge=1, description="pieces that a step is computed in")
     recompute: bool = Field(
         False, description="gradient checkpointing: compute blocks twice, to hold less"
@@ -88,12 +85,20 @@ class Recovery(TrainingCompressor):
     def trained(self, run: TrainingRun) -> list[Tensor]:
         """The parameters to train; all others are frozen."""
 
-    def polish(self, run: TrainingRun, check: Callable[[], float]) -> dict[str, Any]:
-        """Change the trained student further; ``check()`` is its held-out loss. For the record."""
+    def later(self, name: str) -> bool:
+        """Whether a trained parameter of this name moves only after others have settled."""
+        return False
+
+    def told(self, run: TrainingRun) -> dict[str, Any]:
+        """What else the record says of the trained student."""
         return {}
 
     def tokens(self) -> tuple[int, int]:
         return self.samples, self.length
+
+    def disk(self) -> int:
+        """Of a cached token: 6 bytes for each of the likeliest, 4 for all others."""
+        return self.samples * self.length * (6 * self.cache + 4) if self.cache else 0
 
     def divergence(self) -> Divergence:
         known: dict[str, Divergence] = {
@@ -105,14 +110,14 @@ class Recovery(TrainingCompressor):
         return known[self.loss]
 
     def train(self, run: TrainingRun) -> dict[str, Any]:
+        if self.on_policy and family(run.student) != "causal":
+            raise ModelError("on_policy: only models that continue text can write it")
         run.student.requires_grad_(False)
         for parameter in self.trained(run):
             parameter.requires_grad_(True)
         text = examples(
             run.student, run.text.tokens, run.text.token_bytes, run.tokenizer, seed=run.seed
         )
-        if self.on_policy and family(run.student) != "causal":
-            raise ModelError("on_policy: only models that continue text can write it")
         teacher, features = self._teacher(run, text)
         objective = Distillation(
             run.student,
@@ -143,12 +148,12 @@ class Recovery(TrainingCompressor):
             report=run.report,
             precision=self.precision,
             length=run.text.tokens.shape[1],
+            later=self.later,
         )
         windows = torch.arange(len(text))
-        held = windows[-run.held :]
-        summary = trainer.fit(windows[: -run.held], held)
-        summary |= self.polish(run, lambda: trainer.check(held))
+        summary = trainer.fit(windows[: -run.held], windows[-run.held :])
         trainer.release()
+        summary |= self.told(run)
         return summary
 
     def _teacher(self, run: TrainingRun, text: Examples) -> tuple[Teacher, Features | None]:

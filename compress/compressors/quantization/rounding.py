@@ -16,6 +16,7 @@ from compress.weights import Quantized, Weight
 from compress.weights.modeling_compressed import Compressed, spread, unpack_codes, zero_points
 
 INSIDE = 0.45  # of a step: how far from its code a weight may start, short of the next one
+OWN = 0.6  # of a step, in the mean: nearer to its codes than that a matrix is what they stand for
 SCALE = 0.2  # share of a rounding's step that a scale takes
 
 
@@ -41,7 +42,10 @@ class Rounding(nn.Module):
         zero = None if spec["symmetric"] else zero_points(spec, tensors).float()
         if "codes" in trains and W is not None and W.shape == codes.shape:
             zeros = 0.0 if zero is None else self._spread(zero)
-            start = codes + (W / self._spread(scale) + zeros - codes).clamp(-INSIDE, INSIDE)
+            steps = self._spread(scale)
+            away = W / steps.where(steps != 0, 1.0) + zeros - codes
+            if away.abs().mean() < OWN:  # not a block that has moved up, nor a scaled matrix
+                start = codes + away.clamp(-INSIDE, INSIDE)
         self.start: Tensor
         self.scale: Tensor
         self.zero: Tensor | None
@@ -87,18 +91,10 @@ class Rounding(nn.Module):
                 dtype=weight.dtype,
             )
 
-    def nearer(self, codes: Tensor, W: Tensor, beyond: float) -> Tensor:
-        """``codes``, but those more than ``beyond`` steps of the grid from W rounded to it anew.
-
-        Half a step is plain rounding; a solver that corrected errors put many codes further than
-        that from their own weight, for a reason.
-        """
+    def changed(self) -> int:
+        """How many codes are not what they were."""
         with torch.no_grad():
-            zeros = self.zeros()
-            scales = self._spread(self.scales())
-            exact = W / scales.where(scales != 0, 1.0)
-            exact = exact if zeros is None else exact + self._spread(zeros)
-            return codes.where((exact - codes).abs() <= beyond, self._rounded(exact))
+            return int((self.codes() != self._rounded(self.start)).sum())
 
     def _rounded(self, exact: Tensor) -> Tensor:
         half = 2 ** (self.spec["bits"] - 1)

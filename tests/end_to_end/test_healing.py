@@ -1,0 +1,96 @@
+"""Healed folders: same bytes and format, zeros where they were, other teachers, wrong teachers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+from safetensors.torch import load_file
+
+from compress import recipe as recipes
+from compress import run as runs
+from compress.errors import DataError, ModelError
+
+Apply = Callable[..., Path]
+Make = Callable[..., Path]
+SHORT = {"steps": 4, "samples": 16, "length": 16, "batch": 4}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_tuned_folders_have_the_bytes_and_the_format_of_untuned_ones(
+    family: str, apply: Apply, source: Make
+) -> None:
+    rtn = {"use": "rtn", "bits": 3, "group": 32}
+    plain = apply(source(family), [rtn], name="plain")
+    tuned = apply(source(family), [rtn, {"use": "tune_scales", **SHORT}], name="tuned")
+    one, two = models.record(plain), models.record(tuned)
+    assert two["bytes"] == one["bytes"] | {"disk": two["bytes"]["disk"]}
+    assert two["storage"] == one["storage"]
+    assert models.loaded_difference(tuned) < 5e-3
+    stage = two["stages"][1]
+    before, after = (load_file(folder / "model.safetensors") for folder in (plain, tuned))
+    assert {k: (t.shape, t.dtype) for k, t in before.items()} == {
+        k: (t.shape, t.dtype) for k, t in after.items()
+    }
+    codes = [k for k in before if k.endswith("weight_packed")]
+    assert codes
+    changed = any(not before[k].equal(after[k]) for k in codes)
+    assert changed is (stage["codes_changed"] > 0)
+
+
+@pytest.mark.parametrize("pattern", [{"sparsity": 0.5}, {"pattern": "2:4"}])
+def test_zeros_are_the_same_before_and_after(
+    pattern: dict[str, Any], apply: Apply, source: Make
+) -> None:
+    prune = {"use": "magnitude", **pattern}
+    before = apply(source("llama"), [prune], name="before")
+    heal = {"use": "distill", "targets": "blocks", **SHORT, "learning_rate": 1e-4, "patience": 9}
+    after = apply(source("llama"), [prune, heal], name="after")
+    assert models.record(after)["stages"][1]["best_step"] > 0
+    one, two = (load_file(folder / "model.safetensors") for folder in (before, after))
+    pruned = [k for k in one if k.endswith("proj.weight")]
+    assert len(pruned) == 14
+    for name in pruned:
+        assert int((two[name] == 0).sum()) == two[name].numel() // 2
+        assert (one[name] == 0).equal(two[name] == 0)
+        assert not one[name].equal(two[name])
+
+
+def test_a_student_learns_from_a_wider_and_deeper_model(apply: Apply, source: Make) -> None:
+    teacher = source("llama", hidden_size=96, num_hidden_layers=3, seed=1)
+    stage = {"use": "distill", "teacher": str(teacher), "hidden": 0.1, **SHORT}
+    folder = apply(source("llama"), [{**stage, "layers": [0, 2]}])
+    assert models.loaded_difference(folder) < 5e-3
+    cached = apply(source("llama"), [{"use": "distill", "cache": 64, **SHORT}], name="cached")
+    assert len(list((cached.parent / ".teacher-cache").iterdir())) == 1
+
+
+def test_teachers_that_read_other_tokens_are_refused(
+    source: Make, text: str, tmp_path: Path
+) -> None:
+    def refused(teacher: Path, **stage: Any) -> None:
+        recipe = {
+            "model": str(source("llama")),
+            "calibration": {"data": text},
+            "stages": [{"use": "distill", **SHORT, "teacher": str(teacher), **stage}],
+        }
+        next(runs.run(recipes.load_one(recipe), tmp_path / "out"))
+
+    other = Path(shutil.copytree(source("llama"), tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = list(vocabulary)[300:302]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="other reads text as other tokens than"):
+        refused(other)
+    with pytest.raises(ModelError, match="nowhere: no such model folder"):
+        refused(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="windows of 64 tokens, but the model takes 32"):
+        refused(source("llama", max_position_embeddings=32), length=64)
+    assert not (tmp_path / "out").exists()
