@@ -25,6 +25,7 @@ from rich.table import Table
 
 from compress.display import explanation, follow, preflight_table, progress, screen, summary
 from compress.errors import CompressError, RecipeError, did_you_mean
+from eval.scaling.cli import fit
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -392,7 +393,8 @@ def main() -> None:
         raise
 
 
-COMMANDS = ("run", "apply", "eval", "report", "verify", "list", "explain")
+COMMANDS = ("run", "apply", "eval", "report", "fit", "verify", "list", "explain")
+app.command()(fit)
 
 if __name__ == "__main__":
     main()

@@ -22,6 +22,8 @@ from eval import chart
 from eval.compare import BETTER, HIGHER_IS_BETTER, SAME
 from eval.layers import layers
 from eval.measured import Measured, read_checkpoint, with_unique_names
+from eval.scaling.equivalent import Equivalent
+from eval.scaling.study import equivalents
 from eval.table import Gap, columns, gap, plus_minus, share
 
 QUALITY = ("nll", "bits_per_byte", "perplexity", "kl", "top1_agreement")
@@ -40,6 +42,8 @@ class Comparison:
     """To the reference, by checkpoint name; the reference itself has none."""
     missing: list[str]
     """Why a checkpoint is not in the chart."""
+    worth: dict[str, Equivalent]
+    """Parameter equivalents by checkpoint name, where a ladder of dense models is known."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -153,7 +157,7 @@ def _compare(folders: list[Path], baseline: Path | None, metric: str | None) -> 
         if row.size is None:
             missing.append(f"{row.name}: its size is not known")
     rows.sort(key=lambda row: (row is not reference, -(row.size or 0)))
-    return Comparison(rows, reference, chosen, gaps, missing)
+    return Comparison(rows, reference, chosen, gaps, missing, equivalents(rows, reference))
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -216,7 +220,8 @@ def _context(comparison: Comparison, out: Path) -> dict[str, Any]:
         "rows": rows,
         "reference": comparison.reference,
         "against": comparison.against,
-        "columns": columns(rows, comparison.gaps, comparison.original_size, comparison.metric),
+        "columns": columns(rows, comparison.gaps, comparison.original_size, comparison.metric,
+                           comparison.worth),
         "missing": comparison.missing,
         "families": chart.FAMILIES,
         "layers": layers(rows),
@@ -265,6 +270,9 @@ def _deck(comparison: Comparison) -> str:
     agreement = row.value("top1_agreement")
     if agreement is not None:
         text += f"; the most likely next token is the same {share(agreement)} of the time"
+    worth = comparison.worth.get(row.name)
+    if worth is not None:
+        text += f". It is {worth.sentence((row.size or 0) / (comparison.reference.size or 1))}"
     return text + "."
 
 
