@@ -43,7 +43,7 @@ from eval.metrics.size import count_parameters
 from eval.results import Result
 
 LENGTH, BATCH, HELD = 256, 4, 64  # tokens; windows a step; windows to watch the training by
-SIZES = ((32, 3), (48, 4), (64, 5), (96, 5), (128, 6), (192, 6), (256, 8))  # width, blocks
+SIZES = ((32, 3), (40, 4), (48, 4), (64, 5), (96, 5), (128, 6), (192, 6), (256, 8))  # width, blocks
 RATE = 3e-3  # at the demo model's width of 128
 PERMISSIVE = re.compile(r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation)\b")
 BUNDLES = {"compresskit", "pip", "setuptools"}  # ourselves; what holds other projects' files
@@ -119,7 +119,9 @@ def configuration(width: int, blocks: int) -> LlamaConfig:
 
 def loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Cross-entropy in nats a token."""
-    with torch.autocast("cpu", torch.bfloat16):
+    device = next(model.parameters()).device
+    tokens = tokens.to(device)
+    with torch.autocast(device.type, torch.bfloat16):
         return model(input_ids=tokens, labels=tokens).loss
 
 

@@ -39,7 +39,7 @@ def fit(
     from eval.scaling.predict import answers
     from eval.scaling.study import study
 
-    found = study([Path(folder) for folder in folders if Path(folder).is_dir()], ladder=ladder)
+    found = study([Path(f) for f in folders if not Path(f).is_file()], ladder=ladder)
     asked = [answer for text in predict or [] for answer in answers(found, text)]
     fitting, mixes = _within(found, size) if size else ([], [])
     if out is not None:

@@ -21,6 +21,7 @@ from compress.errors import CheckpointError, DataError
 from eval.measured import Measured
 from eval.metrics.size import count_parameters
 from eval.results import Result
+from eval.scaling.equivalent import count
 from eval.scaling.law import SIZES, Curve, curve, fit
 
 DEMO = Path(__file__).parent / "pycoder.jsonl"
@@ -48,8 +49,8 @@ class Ladder:
     """That each was trained on, if it is known."""
     curve: Curve
 
-    def check(self, original: Measured) -> str:
-        """A note where the ladder holds with a reserve, empty where it simply holds.
+    def check(self, original: Measured) -> list[str]:
+        """With which reserves the ladder holds for ``original``.
 
         Raises:
             DataError: it says nothing about ``original``.
@@ -66,12 +67,18 @@ class Ladder:
                 f"{original.name} has {N:,} parameters, the ladder {self.source} tells of "
                 f"{low:,.0f} to {high:,.0f}; give a --ladder with larger and smaller models"
             )
+        notes = []
+        if self.tokens:
+            notes.append(
+                f"the ladder's models saw {count(self.tokens)} tokens each; an original that saw "
+                "more is worth more than this says (eval/scaling/equivalent.py)"
+            )
         if text.get("hash") != self.data.get("hash"):
-            return (
+            notes.append(
                 f"the ladder {self.source} was measured on other windows of {text.get('name')}: "
                 "its shape is taken, its level from the original"
             )
-        return ""
+        return notes
 
     def held_out(self) -> tuple[Rung, float, float, float] | None:
         """The largest size, and what the law through the others says of it: nll, low, high.
@@ -122,7 +129,7 @@ def read(path: Path) -> Ladder:
 def of_checkpoints(originals: Sequence[Measured]) -> Ladder | None:
     """The ladder that evaluated dense checkpoints make; None for fewer than three sizes."""
     rows = [(row.results[METRIC], parameters(row)) for row in originals if METRIC in row.results]
-    if len({count for _, count in rows}) < 3:
+    if len({N for _, N in rows}) < 3:
         return None
     return _ladder("the dense checkpoints", rows, None)
 
@@ -145,7 +152,7 @@ def _ladder(source: str, rows: Sequence[tuple[Result, int]], tokens: int | None)
             f"{source}: measured on different text; run `compress eval` on all with the same --data"
         )
     rungs = sorted(
-        (Rung(row.checkpoint, count, row.value or 0.0, row.stderr or 0.0) for row, count in rows),
+        (Rung(row.checkpoint, N, row.value or 0.0, row.stderr or 0.0) for row, N in rows),
         key=lambda rung: rung.parameters,
     )
     if len({rung.parameters for rung in rungs}) < 2:

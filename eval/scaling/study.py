@@ -71,15 +71,10 @@ def study(folders: Sequence[Path], *, ladder: Path | None = None) -> Study:
     if not rows:
         raise CheckpointError(f"none of these has {METRIC}; run `compress eval DIR... --data DATA`")
     originals = [row for row in rows if row.is_original]
-    known = read(Path(ladder)) if ladder else of_checkpoints(originals) or _demo(originals)
-    notes = [] if known else ["no ladder of dense models, so no parameter equivalents"]
-    found = []
-    for row in rows:
-        if row not in originals:
-            original = _original(row, originals)
-            if known and (note := known.check(original)) and note not in notes:
-                notes.append(note)
-            found.append(_compressed(row, original, known))
+    known, notes = _ladder(originals, ladder)
+    found = [
+        _compressed(row, _original(row, originals), known) for row in rows if row not in originals
+    ]
     by_method: dict[str, list[Loss]] = {}
     for item in found:
         loss = _loss(item)
@@ -110,6 +105,20 @@ def equivalents(rows: Sequence[Measured], original: Measured) -> dict[str, Equiv
             if made is not None:
                 found[row.name] = made
     return found
+
+
+def _ladder(originals: Sequence[Measured], given: Path | None) -> tuple[Ladder | None, list[str]]:
+    """What the originals are held to, and notes. One that was given must fit them all."""
+    known = read(Path(given)) if given else of_checkpoints(originals) or _demo(originals)
+    if known is None:
+        return None, ["no ladder of dense models, so no parameter equivalents"]
+    try:
+        notes = [note for original in originals for note in known.check(original)]
+    except DataError as error:
+        if given:
+            raise
+        return None, [f"no parameter equivalents: {error}"]
+    return known, list(dict.fromkeys(notes))
 
 
 def _demo(originals: Sequence[Measured]) -> Ladder | None:

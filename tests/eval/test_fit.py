@@ -132,7 +132,9 @@ def test_a_ladder_of_other_text_is_refused_and_of_other_windows_is_noted(
 ) -> None:
     text = rungs.read_text()
     rungs.write_text(text.replace("0123456789abcdef", "f" * 16))
-    assert "other windows of demo" in study(folders, ladder=rungs).notes[0]
+    tokens, windows = study(folders, ladder=rungs).notes[:2]
+    assert "saw 1M tokens each" in tokens
+    assert "other windows of demo" in windows
     other = rungs.with_name("other.jsonl")
     other.write_text(text.replace('"name":"demo"', '"name":"wikitext"'))
     with pytest.raises(DataError, match=r"on demo in windows of 256, the ladder .* on wikitext"):

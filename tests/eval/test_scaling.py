@@ -113,10 +113,10 @@ C, P, FALL = 2.0, 1.5, 0.1
 
 
 def losses(
-    bits: list[float], sizes: list[int], groups: list[int], scatter: float = 0.05
+    bits: list[float], sizes: list[int], groups: list[int], scatter: float = 0.05, seed: int = 0
 ) -> list[Loss]:
     """ΔL = e^(c − p·b − a·ln N) · group^0.2, with noise."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     made = []
     for b in bits:
         for N in sizes:
@@ -166,6 +166,15 @@ def test_predictions_are_within_their_intervals_and_of_held_out_checkpoints_too(
         assert said.delta == pytest.approx(loss.delta, rel=0.4)
         inside += said.low <= loss.delta <= said.high
     assert inside >= 8
+
+
+def test_intervals_of_predictions_cover_new_measurements() -> None:
+    trials, hits = 60, 0
+    for seed in range(trials):
+        *made, new = losses([2, 3, 4, 5, 6, 4.5], [1_000_000], [64], scatter=0.1, seed=seed)
+        said = degradation.fit(made, draws=200).predict(4.5)
+        hits += said.low <= new.delta <= said.high
+    assert hits >= 52  # 95% of 60 is 57
 
 
 def test_nothing_is_extrapolated() -> None:
