@@ -22,7 +22,7 @@ from eval.measured import Measured
 from eval.metrics.size import count_parameters
 from eval.results import Result
 from eval.scaling.equivalent import count
-from eval.scaling.law import SIZES, Curve, curve, fit
+from eval.scaling.law import DRAWS, SIZES, Curve, curve, fit
 
 DEMO = Path(__file__).parent / "pycoder.jsonl"
 METRIC = "nll"
@@ -36,6 +36,8 @@ class Rung:
     parameters: int
     nll: float
     stderr: float
+    samples: tuple[float, ...]
+    """nll of each window."""
 
 
 @dataclass(frozen=True)
@@ -152,14 +154,31 @@ def _ladder(source: str, rows: Sequence[tuple[Result, int]], tokens: int | None)
             f"{source}: measured on different text; run `compress eval` on all with the same --data"
         )
     rungs = sorted(
-        (Rung(row.checkpoint, N, row.value or 0.0, row.stderr or 0.0) for row, N in rows),
+        (
+            Rung(row.checkpoint, N, row.value or 0.0, row.stderr or 0.0, tuple(row.samples))
+            for row, N in rows
+        ),
         key=lambda rung: rung.parameters,
     )
     if len({rung.parameters for rung in rungs}) < 2:
         raise DataError(f"{source}: a ladder needs two sizes at least, better {SIZES} or more")
     N, nll = _arrays(rungs)
-    made = curve(N, nll, [rung.stderr for rung in rungs])
+    made = curve(N, nll, _noise(rungs))
     return Ladder(source, tuple(rungs), rows[0][0].data, tokens, made)
+
+
+def _noise(rungs: Sequence[Rung]) -> Any:
+    """How the text might have fallen otherwise, float64 [draws, rungs]: the same for all of them,
+    windows drawn with replacement; where these were not kept, by standard errors."""
+    generator = np.random.default_rng(0)
+    windows = len(rungs[0].samples)
+    if windows < 2 or any(len(rung.samples) != windows for rung in rungs):
+        return np.array([rung.stderr for rung in rungs]) * generator.standard_normal(
+            (DRAWS, len(rungs))
+        )
+    samples = np.array([rung.samples for rung in rungs])
+    chosen = generator.integers(0, windows, (DRAWS, windows))
+    return (samples[:, chosen].mean(axis=2) - samples.mean(axis=1, keepdims=True)).T
 
 
 def _arrays(rungs: Sequence[Rung]) -> tuple[Any, Any]:

@@ -92,12 +92,11 @@ class Interpolation:
         return float(found[0]), np.array(found[1:])
 
 
-def curve(
-    N: Sequence[float], nll: Sequence[float], stderr: Sequence[float], seed: int = 0
-) -> Curve:
+def curve(N: Sequence[float], nll: Sequence[float], noise: Array, seed: int = 0) -> Curve:
     """A law through five sizes or more, an interpolation of two to four.
 
-    ``stderr`` of each nll makes the draws of an interpolation; a law's draws do not need it.
+    ``noise`` [draws, models] is how each nll might have been measured differently; it makes the
+    draws of an interpolation, which has no choice of models to spare.
 
     Raises:
         ValueError: there are fewer than two sizes.
@@ -106,9 +105,7 @@ def curve(
     count = len(np.unique(sizes))
     if count < 2:
         raise ValueError("a curve needs two sizes at least")
-    if count < SIZES:
-        return _interpolation(sizes, losses, np.array(stderr, float), seed)
-    return fit(sizes, losses, seed=seed)
+    return fit(sizes, losses, seed=seed) if count >= SIZES else _joined(sizes, losses, noise)
 
 
 def fit(N: Array, nll: Array, *, draws: int = DRAWS, seed: int = 0) -> Law:
@@ -177,9 +174,8 @@ def _resample(N: Array, draws: int, generator: np.random.Generator) -> Array:
     return np.array(found)
 
 
-def _interpolation(N: Array, nll: Array, stderr: Array, seed: int) -> Interpolation:
-    noise = np.random.default_rng(seed).standard_normal((DRAWS, len(N)))
-    values = np.vstack([nll, nll + stderr * noise])
+def _joined(N: Array, nll: Array, noise: Array) -> Interpolation:
+    values = np.vstack([nll, nll + noise])
     sizes = np.unique(N)
     mean = np.stack([values[:, size == N].mean(axis=1) for size in sizes], axis=1)
     y = np.array([_never_rising(row) for row in mean])

@@ -64,14 +64,13 @@ def test_known_parameters_lie_within_their_intervals() -> None:
 def test_intervals_of_equivalents_cover_the_truth() -> None:
     true, original = 1.2e6, 1.5e6
     lost = A * true**-ALPHA - A * original**-ALPHA
-    trials, hits = 60, 0
+    trials, hits = 40, 0
     for seed in range(trials):
         curve = law.fit(SIZES, dense(0.005, seed), draws=100)
         measured = lost + 0.002 * random.Random(seed).gauss(0, 1)
         found = equivalent(curve, int(original), measured, 0.002)
         hits += found.low <= true <= found.high
-    # 95% of 60 is 57; fewer than 50, or all of them for wide intervals, would be a defect.
-    assert hits >= 50
+    assert hits >= 34  # 95% of 40 is 38
     assert found.high / found.low < 1.1
 
 
@@ -84,14 +83,14 @@ def test_an_outlier_moves_the_law_less_than_its_size() -> None:
 
 
 def test_few_sizes_are_interpolated_and_never_rise() -> None:
-    curve = law.curve([1e5, 1e6, 1e7], [4.0, 3.0, 3.1], [0.01] * 3)
+    curve = law.curve([1e5, 1e6, 1e7], [4.0, 3.0, 3.1], np.full((50, 3), 0.01))
     assert isinstance(curve, law.Interpolation)
     assert curve.nll(math.sqrt(1e11))[0] == pytest.approx((4 + 3.05) / 2)
     assert curve.nll(2e6)[0] == curve.nll(5e6)[0] == pytest.approx(3.05)  # pooled
     found = equivalent(curve, 1_000_000, 0.475, 0.0)
     assert found.parameters == pytest.approx(math.sqrt(1e11), rel=0.02)
     with pytest.raises(ValueError, match="two sizes"):
-        law.curve([1e5, 1e5], [4.0, 4.1], [0.1, 0.1])
+        law.curve([1e5, 1e5], [4.0, 4.1], np.zeros((5, 2)))
 
 
 def test_equivalents_are_the_formula_and_stop_where_the_ladder_does() -> None:
