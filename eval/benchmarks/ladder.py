@@ -1,12 +1,14 @@
 """Train the demo architecture at several sizes on the same tokens: a ruler for scaling laws.
 
-    python -m eval.benchmarks.ladder runs/ladder --tokens 4000000
+    python -m eval.benchmarks.ladder runs/ladder --steps 12000
 
 Every size reads the same windows of text in the same order, by the same recipe: AdamW, warm-up,
-cosine decay, a learning rate that falls with the square root of the width. Seeds change nothing but
-the initial weights. Each model is then measured by the project's own ``nll`` on the demo text, as
-``compress eval`` does, and its row, with parameters, tokens, seed and settings in ``detail``, goes
-into ``OUT/ladder.jsonl``. A size that is done is kept; one that was interrupted goes on.
+cosine decay, a learning rate that falls with the square root of the width. Of several ``--rates``
+each size keeps the one with the lowest loss on training text held out: a ruler is made of models
+that are each as good as they get. Seeds change nothing but the initial weights. Each model is then
+measured by the project's own ``nll`` on the demo text, as ``compress eval`` does, and its row, with
+parameters, tokens, seed and settings in ``detail``, goes into ``OUT/ladder.jsonl``. A model that is
+done is kept; one that was interrupted goes on.
 
 The text is Python source of the packages that are installed here under permissive licences, at most
 two million letters of one, without any file of which a tenth of the lines stand in the standard
@@ -44,7 +46,7 @@ from eval.results import Result
 
 LENGTH, BATCH, HELD = 256, 4, 64  # tokens; windows a step; windows to watch the training by
 SIZES = ((32, 3), (40, 4), (48, 4), (64, 5), (96, 5), (128, 6), (192, 6), (256, 8))  # width, blocks
-RATE = 3e-3  # at the demo model's width of 128
+RATES = (3e-3, 1.5e-3)  # at the demo model's width of 128
 PERMISSIVE = re.compile(r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation)\b")
 BUNDLES = {"compresskit", "pip", "setuptools"}  # ourselves; what holds other projects' files
 SHARE = 2_000_000  # letters of one package at most
@@ -125,8 +127,16 @@ def loss(model: nn.Module, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, labels=tokens).loss
 
 
-def train(out: Path, size: tuple[int, int], seed: int, text: Windows, tokenizer: Any) -> None:
-    """Train one size from the initial weights of ``seed`` and save it in ``out``."""
+def train(
+    out: Path, size: tuple[int, int], seed: int, rate: float, text: Windows, tokenizer: Any
+) -> float:
+    """Train one size from the initial weights of ``seed``, save it in ``out`` with its settings.
+
+    What is there already is kept. Returns the loss on training text held out, nats/token.
+    """
+    record = out / "training.json"
+    if record.exists():
+        return json.loads(record.read_text())["held_out"]
 
     def report(step: int, steps: int, numbers: dict[str, float]) -> None:
         if "held" in numbers:
@@ -135,35 +145,42 @@ def train(out: Path, size: tuple[int, int], seed: int, text: Windows, tokenizer:
     torch.manual_seed(seed)
     model: Any = LlamaForCausalLM(configuration(*size)).float()
     work = out.with_name(f".{out.name}")  # its state, should it be interrupted
-    fit(
+    recipe = schedule(size[0], rate, len(text))
+    found = fit(
         model, list(model.parameters()), loss, loss,
-        train=text.tokens[:-HELD], held=text.tokens[-HELD:], schedule=schedule(size[0], len(text)),
+        train=text.tokens[:-HELD], held=text.tokens[-HELD:], schedule=recipe,
         seed=0, folder=work, report=report,
     )  # fmt: skip
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    held = found["held_out_loss"]["best"]
+    record.write_text(json.dumps({"held_out": held, "schedule": asdict(recipe)}))
     shutil.rmtree(work)
+    return held
 
 
-def schedule(width: int, count: int) -> Schedule:
+def schedule(width: int, rate: float, count: int) -> Schedule:
     """One epoch of ``count`` windows, those held out aside; never stopped early."""
     steps = (count - HELD) // BATCH
-    rate = RATE * math.sqrt(128 / width)
+    rate = round(rate * math.sqrt(128 / width), 6)
     return Schedule(steps, rate, BATCH, weight_decay=0.1, check_every=320, patience=steps)
 
 
-def measure(out: Path, size: tuple[int, int], seed: int, text: Windows) -> Result:
+def measure(
+    out: Path, size: tuple[int, int], seed: int, tried: list[float], text: Windows
+) -> Result:
     """The nll of one size on the demo text, and how it was made."""
     found = evaluate([str(out)], ["nll"], data="demo", samples=128, length=LENGTH)
     (row,) = (event for event in found if isinstance(event, Result))
-    recipe = schedule(size[0], len(text))
+    made = json.loads((out / "training.json").read_text())
     detail = {
         "parameters": count_parameters(out),
         "width": size[0],
         "blocks": size[1],
-        "tokens": recipe.steps * BATCH * LENGTH,
+        "tokens": made["schedule"]["steps"] * BATCH * LENGTH,
         "seed": seed,
-        "schedule": asdict(recipe) | {"learning_rate": round(recipe.learning_rate, 6)},
+        "rates": tried,
+        **made,
         "text": text.describe() | {"name": "installed Python packages", "part": "training"},
     }
     samples = [round(value, 5) for value in row.samples]
@@ -175,22 +192,29 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, default=1280, help=f"of {BATCH * LENGTH} tokens")
     parser.add_argument("--seeds", type=int, default=1, help="models of each size")
-    parser.add_argument("--sizes", type=int, default=len(SIZES), help="the smallest so many")
+    parser.add_argument("--sizes", nargs="*", default=SIZES, type=_size, help="e.g. 128x6")
+    parser.add_argument("--rates", nargs="*", default=RATES, type=float, help="at width 128")
     options = parser.parse_args()
     tokenizer: Any = load_tokenizer(DEMO)
     text = read(tokenizer, options.steps * BATCH + HELD)
     print(text.describe(), flush=True)
     rows = []
     for seed in range(options.seeds):
-        for size in SIZES[: options.sizes]:
-            out = options.out / f"{size[0]}x{size[1]}-seed{seed}"
-            if not out.exists():
-                train(out, size, seed, text, tokenizer)
-            rows.append(measure(out, size, seed, text))
-            print(f"{out.name}: {rows[-1].detail['parameters']:,} parameters, "
+        for size in options.sizes:
+            tried = {}
+            for rate in options.rates:
+                out = options.out / f"{size[0]}x{size[1]}-seed{seed}-{rate:g}"
+                tried[train(out, size, seed, rate, text, tokenizer)] = out
+            rows.append(measure(tried[min(tried)], size, seed, options.rates, text))
+            print(f"{rows[-1].checkpoint}: {rows[-1].detail['parameters']:,} parameters, "
                   f"nll {rows[-1].value:.4f} ± {rows[-1].stderr:.4f}", flush=True)  # fmt: skip
             lines = [json.dumps(row.model_dump()) + "\n" for row in rows]
             (options.out / "ladder.jsonl").write_text("".join(lines))
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, blocks = text.partition("x")
+    return int(width), int(blocks)
 
 
 if __name__ == "__main__":
