@@ -272,7 +272,8 @@ def _deck(comparison: Comparison) -> str:
         text += f"; the most likely next token is the same {share(agreement)} of the time"
     worth = comparison.worth.get(row.name)
     if worth is not None:
-        text += f". By the dense ladder it is {worth.sentence((row.size or 0) / (comparison.reference.size or 1))}"
+        size = (row.size or 0) / (comparison.reference.size or 1)
+        text += f". By the dense ladder it is {worth.sentence(size)}"
     return text + "."
 
 

@@ -133,8 +133,8 @@ def columns(
         of("nll", "nll", "nats per token, lower is better", lambda v: f"{v:.4f}"),
         column("difference", f"Δ {metric}", "difference to the reference ± its standard error",
                difference),
-        column("equivalent", "Worth", "parameters of a dense model that predicts as well ± standard "
-               "error; too few if the ladder saw fewer tokens than the original", worth),
+        column("equivalent", "Worth", "parameters of a dense model that predicts as well ± "
+               "standard error; too few if the ladder saw fewer tokens than the original", worth),
         of("perplexity", "Perplexity", "exp(nll), lower is better", number),
         of("bits_per_byte", "Bits/byte", "bits to code a byte of text", lambda v: f"{v:.3f}"),
         of("kl", "KL", "divergence from the original, nats/token", lambda v: number(v, 3)),
