@@ -46,13 +46,14 @@ from compress.display import (
     explanation,
     follow,
     listing,
-    plan_table,
     progress,
     screen,
     summary,
 )
 from compress.errors import CompressError, RecipeError, did_you_mean
 from compress.hub import push
+from compress.plan_command import plan
+from eval.scaling.cli import fit
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -175,43 +176,6 @@ def apply(
             f"original; loads with {info['loads_with']}",
             highlight=False,
         )
-
-
-@app.command()
-def plan(
-    size: Annotated[str, typer.Option(help="30% of the model's bytes, 300MB, 1.5GB, or bytes.")],
-    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("plan.yaml"),
-    model: Model = "demo",
-    data: Data = None,
-    targets: Annotated[str, typer.Option(help="Which weights, as in a recipe.")] = "all",
-    seed: Seed = None,
-    sets: Sets = None,
-    as_json: Json = False,
-    quiet: Quiet = False,
-) -> None:
-    """Choose bits for every matrix so that the file is just within a size; writes a recipe.
-
-    [bold]compress plan --size 25% --out small.yaml && compress apply small.yaml --out small[/]
-    """
-    from compress import recipe as recipe_files
-    from compress.plan import parse_size
-    from compress.plan import plan as planned
-    from compress.source import Source
-
-    taken = [target.strip() for target in targets.split(",")]
-    asked = {"stages": [{"use": "gptq", "targets": taken}]}
-    recipe = recipe_files.load_one(asked, overrides(model, data, seed, sets))
-    source = Source(recipe.model, untie=recipe.untie)
-    budget = parse_size(size, source.nbytes)
-    made = follow(planned(recipe, source, recipe.stages[0], budget), "plan", quiet or as_json)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(made.recipe.to_yaml())
-    if as_json:
-        numbers = {"bytes": made.bytes, "budget": budget, "cost": made.cost, "bits": made.bits}
-        print(json.dumps({"recipe": str(out)} | numbers))
-    elif not quiet:
-        plan_table(made, source)
-        screen.print(f"\n{out}: apply it with [bold]compress apply {out} --out DIR[/]")
 
 
 @app.command("eval")
@@ -391,9 +355,6 @@ def _evaluate(
     return rows
 
 
-app.command()(push)
-
-
 def main() -> None:
     """Entry point: CompressError becomes one line and its exit code."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -419,7 +380,9 @@ def main() -> None:
         raise
 
 
-COMMANDS = ("run", "apply", "plan", "eval", "report", "verify", "push", "list", "explain")
+COMMANDS = ("run", "apply", "plan", "eval", "report", "fit", "verify", "push", "list", "explain")
+for command in (plan, fit, push):
+    app.command()(command)
 
 if __name__ == "__main__":
     main()

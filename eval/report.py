@@ -23,6 +23,8 @@ from eval.curves import curves
 from eval.layers import layers
 from eval.measured import Measured, read_checkpoint, with_unique_names
 from eval.pages import environment
+from eval.scaling.equivalent import Equivalent
+from eval.scaling.study import equivalents
 from eval.sections import is_task, slice_tables, speeds, table_csv, task_columns
 from eval.table import Gap, columns, gap, plus_minus, share
 
@@ -42,6 +44,8 @@ class Comparison:
     """To the reference, by checkpoint name; the reference itself has none."""
     missing: list[str]
     """Why a checkpoint is not in the chart."""
+    worth: dict[str, Equivalent]
+    """Parameter equivalents by checkpoint name, where a ladder of dense models is known."""
 
     @property
     def higher_is_better(self) -> bool:
@@ -158,7 +162,7 @@ def _compare(folders: list[Path], baseline: Path | None, metric: str | None) -> 
         if row.size is None:
             missing.append(f"{row.name}: its size is not known")
     rows.sort(key=lambda row: (row is not reference, -(row.size or 0)))
-    return Comparison(rows, reference, chosen, gaps, missing)
+    return Comparison(rows, reference, chosen, gaps, missing, equivalents(rows, reference))
 
 
 def _same(a: Path, b: Path) -> bool:
@@ -221,7 +225,8 @@ def _context(comparison: Comparison, out: Path) -> dict[str, Any]:
         "rows": rows,
         "reference": comparison.reference,
         "against": comparison.against,
-        "columns": columns(rows, comparison.gaps, comparison.original_size, comparison.metric),
+        "columns": columns(rows, comparison.gaps, comparison.original_size, comparison.metric,
+                           comparison.worth),
         "missing": comparison.missing,
         "families": chart.FAMILIES,
         "layers": layers(rows),
@@ -274,6 +279,10 @@ def _deck(comparison: Comparison) -> str:
     agreement = row.value("top1_agreement")
     if agreement is not None:
         text += f"; the most likely next token is the same {share(agreement)} of the time"
+    worth = comparison.worth.get(row.name)
+    if worth is not None:
+        size = (row.size or 0) / (comparison.reference.size or 1)
+        text += f". By the dense ladder it is {worth.sentence(size)}"
     return text + "."
 
 

@@ -11,6 +11,7 @@ from eval.chart import bytes_text
 from eval.compare import paired
 from eval.measured import Measured
 from eval.results import Result
+from eval.scaling.equivalent import Equivalent
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ def gap(row: Result, reference: Result) -> Gap:
 
 
 def columns(
-    rows: Sequence[Measured], gaps: Mapping[str, Gap], original_size: float | None, metric: str
-) -> list[Column]:
+    rows: Sequence[Measured], gaps: Mapping[str, Gap], original_size: float | None, metric: str,
+    equivalents: Mapping[str, Equivalent] | None = None,
+) -> list[Column]:  # fmt: skip
     """All columns that have something to say. ``gaps`` are of ``metric``, by checkpoint name."""
 
     def column(key: str, title: str, hint: str, cell: Callable[[Measured], Cell | None]) -> Column:
@@ -118,6 +120,13 @@ def columns(
         worst = row.relative_error_max
         return None if worst is None else Cell(f"{worst:.3g}", worst)
 
+    def worth(row: Measured) -> Cell | None:
+        found = (equivalents or {}).get(row.name)
+        if found is None:
+            return None
+        note = f"{found.share:.2f} of itself" if found.share else ""
+        return Cell(found.text, found.parameters or found.high, note)
+
     known = [
         column("size", "Size", "weights on disk", size),
         column("share", "Share", "of the original's bytes", size_share),
@@ -125,6 +134,8 @@ def columns(
         of("nll", "nll", "nats per token, lower is better", lambda v: f"{v:.4f}"),
         column("difference", f"Δ {metric}", "difference to the reference ± its standard error",
                difference),
+        column("equivalent", "Worth", "parameters of a dense model that predicts as well ± "
+               "standard error; too few if the ladder saw fewer tokens than the original", worth),
         of("perplexity", "Perplexity", "exp(nll), lower is better", number),
         of("bits_per_byte", "Bits/byte", "bits to code a byte of text", lambda v: f"{v:.3f}"),
         of("kl", "KL", "divergence from the original, nats/token", lambda v: number(v, 3)),

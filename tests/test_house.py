@@ -25,7 +25,7 @@ LAYERS = (
     "recipe", "source", "shape", "blockwise", "assemble", "formats", "checkpoint", "calibration",
     "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring",
     "heads", "rotation", "transform", "narrowing", "shortening", "structure", "run", "plan", "api",
-    "testing", "arguments", "display", "hub", "cli",
+    "testing", "arguments", "display", "hub", "plan_command", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 

@@ -44,6 +44,7 @@ class NextToken(Objective):
         self.model = model
 
     def forward(self, rows: Tensor, step: int | None) -> Tensor:
+        rows = rows.to(next(self.model.parameters()).device)
         return self.model(input_ids=rows, labels=rows).loss * len(rows)
 
 
