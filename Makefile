@@ -1,4 +1,4 @@
-# make demo   install into .venv, compress the demo model twelve ways, write runs/quickstart/report.html
+# make demo   install into .venv, compress the demo model thirteen ways, write runs/quickstart/report.html
 # make test   install into .venv, run the tests
 # make check  lint, formatting and types
 PYTHON ?= python3
