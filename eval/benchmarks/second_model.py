@@ -10,7 +10,6 @@ is not among them and remains held out.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sysconfig
 import tempfile
 from pathlib import Path
@@ -32,7 +31,8 @@ def read(folder: Path, tokenizer: Any, samples: int) -> Windows:
     """Windows of the Python files under ``folder``; other files there may be anything."""
     with tempfile.TemporaryDirectory() as copies:
         for number, file in enumerate(sorted(folder.rglob("*.py"))):
-            shutil.copyfile(file, Path(copies, f"{number}.txt"))
+            text = file.read_text(encoding="utf-8", errors="replace")
+            Path(copies, f"{number}.txt").write_text(text, encoding="utf-8")
         return windows(copies, tokenizer, part="calibration", samples=samples, length=LENGTH)
 
 

@@ -60,7 +60,7 @@ def test_what_was_not_trained_or_is_not_finite_draws_no_line(tmp_path: Path) -> 
 def test_page_and_markdown_show_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.report.WIDTHS", (960,))
     folders = [make(tmp_path, "pycoder-1m"), trained(tmp_path)]
-    page, paste, _ = write_report(folders, tmp_path / "report.html")
+    page, paste, *_ = write_report(folders, tmp_path / "report.html")
     text = page.read_text()
     assert "How training went" in text
     picture = text[text.index('<svg class="curve"') : text.index("</svg>", text.index("curve")) + 6]
