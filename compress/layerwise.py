@@ -28,6 +28,7 @@ from compress.errors import ModelError
 from compress.events import Event
 from compress.memory import give_back, map_large
 from compress.moments import Moments, gathered
+from compress.objective import family
 from compress.problem import LayerProblem, Table, relative_error
 from compress.recipe import Recipe, Stage
 from compress.sensitivity import Sensitivity, sensitivities
@@ -187,7 +188,8 @@ class _Calibrated:
                 self.left.setdefault(block, {})[site.name] = site
 
     def events(self) -> Iterator[Event]:
-        if any(self.solver(name).reads_gradients for name in self.sites):
+        predicts = family(self.source.skeleton) != "other"  # or else there is no loss
+        if predicts and any(self.solver(name).reads_gradients for name in self.sites):
             self.sensitivities = self.measured()
         self.solvers = _prepared(self.solvers, self.compressor, self.problems)
         total = sum(map(len, self.left.values()))

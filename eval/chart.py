@@ -56,6 +56,8 @@ class Point:
     """Half-length of the error bar; 0 draws none."""
     facts: dict[str, str]
     """What hovering tells, title to text, in order."""
+    after: str = ""
+    """The point from which the last stages of its recipe lead here."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,13 @@ def specification(
         .mark_line(interpolate="step-after", color=theme.faint, strokeWidth=1.25, opacity=0.75)
         .encode(x=x, y=y, order="size:Q")
     )
+    paths = (
+        alt.Chart()
+        .transform_filter("isValid(datum.from_size)")
+        .mark_rule(strokeDash=[5, 4], strokeWidth=1.5, opacity=0.8, aria=False)
+        .encode(x=alt.X("from_size:Q"), x2="size:Q", y="from_difference:Q", y2="difference:Q",
+                color=color)
+    )  # fmt: skip
     bars = (
         alt.Chart()
         .mark_rule(strokeWidth=1.5, opacity=0.6, aria=False)
@@ -156,7 +165,7 @@ def specification(
         .encode(x=x, y=y, text="name:N")
     )
     chart = (
-        alt.layer(zero, line, bars, dots, labels, data=data)
+        alt.layer(zero, line, paths, bars, dots, labels, data=data)
         .properties(
             width=frame.width,
             height=frame.height,
@@ -295,6 +304,7 @@ def _rows(points: Sequence[Point], front: Sequence[Point], frame: _Frame) -> lis
         frame.height,
     )
     rows = []
+    named = {point.name: point for point in points}
     for point, spot in zip(points, places, strict=True):
         told = ", ".join(f"{title} {text}" for title, text in point.facts.items())
         row = {
@@ -309,6 +319,9 @@ def _rows(points: Sequence[Point], front: Sequence[Point], frame: _Frame) -> lis
             "facts": point.facts,
             "spoken": f"{point.name}: {told}",
         }
+        if point.after:
+            before = named[point.after]
+            row |= {"from_size": before.size, "from_difference": before.difference}
         rows.append(row | (asdict(spot) if spot else {}))
     return rows
 

@@ -59,6 +59,12 @@ class Measured:
         (only,) = compressing
         return f"healed {only}" if len(families) > 1 and only != "other" else only
 
+    def continues(self, other: Measured) -> bool:
+        """Whether its stages are those of ``other`` and then more."""
+        count = len(other.stages)
+        same = self.record.get("base") == other.record.get("base")
+        return 0 < count < len(self.stages) and same and self.stages[:count] == other.stages
+
     @property
     def recipe_line(self) -> str:
         """The recipe in one line: ``rtn bits=4 group=64 → lora rank=8``."""

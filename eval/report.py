@@ -171,10 +171,15 @@ def _same(a: Path, b: Path) -> bool:
 
 def _points(comparison: Comparison) -> list[chart.Point]:
     points = []
-    for row in comparison.rows:
+    shown = [
+        row
+        for row in comparison.rows
+        if row.size is not None and (row.name in comparison.gaps or row is comparison.reference)
+    ]
+    for row in shown:
         found = comparison.gaps.get(row.name)
-        if row.size is None or (found is None and row is not comparison.reference):
-            continue
+        assert row.size is not None
+        before = [other for other in shown if row.continues(other)]
         points.append(
             chart.Point(
                 name=row.name,
@@ -183,6 +188,7 @@ def _points(comparison: Comparison) -> list[chart.Point]:
                 difference=found.mean if found else 0.0,
                 stderr=found.stderr if found else 0.0,
                 facts=_facts(row, comparison),
+                after=max(before, key=lambda other: len(other.stages)).name if before else "",
             )
         )
     return points
@@ -228,6 +234,7 @@ def _context(comparison: Comparison, out: Path) -> dict[str, Any]:
         "columns": columns(rows, comparison.gaps, comparison.original_size, comparison.metric,
                            comparison.worth),
         "missing": comparison.missing,
+        "paths": any(row.continues(other) for row in rows for other in rows),
         "families": chart.FAMILIES,
         "layers": layers(rows),
         "tasks": task_columns(rows, comparison.reference),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import normal
+from tiny import BERT, normal, save
 from torch import Tensor
 
 from compress import compressor
@@ -126,3 +126,17 @@ def test_tables_are_planned_with_the_rest(text: str, tmp_path: Path) -> None:
 def test_an_average_is_not_for_one_matrix() -> None:
     with pytest.raises(RecipeError, match="an average over the matrices"):
         compressor("rtn", bits=3.5)(normal(8, 64, seed=0))
+
+
+@pytest.mark.parametrize("stage", [{"use": "gptq", "bits": 3.5, "group": 16}, {"use": "svd"}])
+def test_models_without_a_loss_go_by_their_errors(
+    stage: dict[str, Any], text: str, tmp_path: Path
+) -> None:
+    made = {
+        "model": save(tmp_path / "model", "BertModel", BERT),
+        "stages": [stage],
+        "calibration": {"data": text, "samples": 8, "length": 32},
+    }
+    info = runs.apply(recipes.load_one(made), tmp_path / "out", verify=False)
+    assert info["bytes"]["disk"] < info["bytes"]["original"]
+    assert len({site["bytes"] / site["bytes_before"] for site in info["sites"]}) > 1

@@ -154,6 +154,17 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_chains_are_joined_to_what_they_go_on_from(report: Path, tmp_path: Path) -> None:
+    rows = {row.name: row for row in map(read_checkpoint, make_all(tmp_path))}
+    joined = {(a, b) for a in rows for b in rows if rows[a].continues(rows[b])}
+    assert ("svd-50-lora", "svd-50") in joined
+    assert ("magnitude-50-rtn-4", "magnitude-50") in joined
+    assert len(joined) == 2
+    page = report.read_text()
+    assert page.count('"from_size"') >= 2
+    assert "A dashed line leads" in page
+
+
 @pytest.fixture(autouse=True)
 def one_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """The chart at every width takes seconds; the shared ``report`` has them all."""
