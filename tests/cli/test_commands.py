@@ -276,3 +276,20 @@ def test_help(compress: Run) -> None:
     for command in ("run", "apply", "eval", "report", "verify", "push", "list", "explain"):
         assert command in answer.out
         assert compress(command, "--help").code == 0
+
+
+def test_plan_writes_a_recipe_that_apply_obeys(compress: Run, tmp_path: Path) -> None:
+    recipe, small = tmp_path / "plan.yaml", tmp_path / "small"
+    text = ("--set", "calibration.samples=4", "--set", "calibration.length=32")
+    answer = compress("plan", "--size", "30%", "--out", recipe, "--targets", "mlp,embed", *text)
+    assert answer.code == 2
+    assert "bytes are too few" in answer.line
+    assert not recipe.exists()
+    answer = compress("plan", "--size", "30%", "--out", recipe, *text)
+    assert answer.code == 0
+    assert "layer 5" in answer.out
+    assert "below the size" in answer.out
+    answer = compress("apply", recipe, "--out", small, "--no-verify", "--json")
+    taken = json.loads(answer.out)["bytes"]
+    assert 0.99 * 0.3 * taken["original"] < taken["disk"] <= 0.3 * taken["original"]
+    assert compress("plan", "--size", "a third", "--out", recipe).code == 2
