@@ -95,7 +95,7 @@ def _cell(row: Any) -> str:
     if row.unit == "bytes":
         return f"{row.value:,.0f}"
     value = f"{row.value:,.0f}" if abs(row.value) >= 1000 else f"{row.value:.4g}"
-    return value if row.stderr is None else f"{row.value:.4f} ± {row.stderr:.4f}"
+    return value if row.stderr is None else f"{row.value:.4f}±{row.stderr:.2g}"
 
 
 def listing(rows: list[tuple[str, str, EntryPoint]]) -> None:

@@ -7,6 +7,7 @@ numbers.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -249,9 +250,17 @@ def _context(comparison: Comparison, out: Path) -> dict[str, Any]:
 
 
 def _finding(comparison: Comparison) -> Measured | None:
-    """The smallest checkpoint that costs nothing, or else the one nearest to the reference."""
+    """The smallest checkpoint that costs nothing, or else the one nearest to the reference.
+
+    One that another beats in size and loss is not it, however wide its interval.
+    """
     smaller = comparison.smaller()
-    harmless = [row for row in smaller if comparison.gaps[row.name].verdict in (SAME, BETTER)]
+    least, front = math.inf, []
+    for row in smaller:
+        if comparison.loss(row) < least:
+            least = comparison.loss(row)
+            front.append(row)
+    harmless = [row for row in front if comparison.gaps[row.name].verdict in (SAME, BETTER)]
     return harmless[0] if harmless else min(smaller, key=comparison.loss, default=None)
 
 

@@ -154,6 +154,29 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_wide_interval_does_not_make_the_headline(tmp_path: Path) -> None:
+    """No measurable difference, only because of its noise: beaten by one as small, it is not it."""
+    folders = [make(tmp_path, name) for name in ("pycoder-1m", "int8", "nf4")]
+    noisy = make(tmp_path / "other", "nf4", title="noisy")
+    rolls = random.Random(7)
+    base = [rolls.gauss(2.1, 0.4) for _ in range(WINDOWS)]
+    samples = [value + (0.55 if i % 2 else -0.45) for i, value in enumerate(base)]
+    rows = {row.metric: row for row in results(noisy, 930_000, 0.2, base)}
+    change = {"samples": samples, "value": sum(samples) / WINDOWS, "slices": {}}
+    rows["nll"] = rows["nll"].model_copy(update=change)
+    (noisy / "results.jsonl").unlink()
+    write(noisy, list(rows.values()))
+
+    def headline(*shown: Path) -> str:
+        page = write_report(shown, tmp_path / "report.html")[0].read_text()
+        found = re.search(r"<h1[^>]*>(.*?)</h1>", page, re.S)
+        assert found is not None
+        return found[1]
+
+    assert "noisy" in headline(*folders[:2], noisy)
+    assert "noisy" not in headline(*folders, noisy)
+
+
 def test_chains_are_joined_to_what_they_go_on_from(report: Path, tmp_path: Path) -> None:
     rows = {row.name: row for row in map(read_checkpoint, make_all(tmp_path))}
     joined = {(a, b) for a in rows for b in rows if rows[a].continues(rows[b])}
