@@ -18,6 +18,7 @@ from typing import Any
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compress import distributed
 from compress.anatomy import Anatomy, Block, Site
@@ -80,6 +81,16 @@ def streamed(
 
 
 @contextmanager
+def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are there while the context is open."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
 def rounded_inputs(model: nn.Module, specs: dict[str, dict[str, Any]]) -> Iterator[None]:
     """Sites whose spec says so round what they read, as they will when the model is loaded."""
 
@@ -91,11 +102,8 @@ def rounded_inputs(model: nn.Module, specs: dict[str, dict[str, Any]]) -> Iterat
         for name, spec in specs.items()
         if "activations" in spec
     ]
-    try:
+    with removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -109,11 +117,8 @@ def skipping(model: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
     handles = [
         model.get_submodule(name).register_forward_hook(skip, with_kwargs=True) for name in blocks
     ]
-    try:
+    with removed(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -143,11 +148,8 @@ def captured(
         ),
         *(model.get_submodule(name).register_forward_hook(after(name)) for name in makes),
     ]
-    try:
+    with removed(handles):
         yield read, made
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)
