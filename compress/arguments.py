@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,6 +53,24 @@ def pairs(commas: str | None, option: str) -> dict[str, str]:
     if not all(found.values()):
         raise RecipeError(f"{option} {commas}: write KEY=VALUE, with commas between")
     return found
+
+
+UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_size(size: str, whole: float) -> int:
+    """``30%`` of ``whole``, ``500KB``, ``1.5MiB`` or plain bytes, as bytes.
+
+    Raises:
+        RecipeError: it is none of these, or nothing.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-z]*)\s*", size.lower())
+    if not found or (found[2] != "%" and found[2] not in UNITS):
+        raise RecipeError(f"--size {size}: write a share or bytes, e.g. 30% or 500KB")
+    budget = int(float(found[1]) * (whole / 100 if found[2] == "%" else UNITS[found[2]]))
+    if budget < 1:
+        raise RecipeError(f"--size {size} is nothing")
+    return budget
 
 
 def overrides(

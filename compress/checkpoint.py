@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.errors import CheckpointError, ModelError
 from compress.formats import CUSTOM, compressed_class
-from compress.source import model_class, read_config, resolve
+from compress.source import digest, model_class, read_config, resolve
 
 RECORD = "compression.json"
 
@@ -131,14 +130,9 @@ def load_tokenizer(path: str | Path) -> Any | None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 over config and tensors of a model folder, 16 hex digits."""
+    """The ``digest`` of a model folder that may be compressed."""
     folder = resolve(path)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
+    return digest(folder, sorted(folder.glob("*.safetensors")))
 
 
 def record(path: str | Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from compress.errors import DataError
+from compress.errors import DataError, first_line
 
 Part: TypeAlias = Literal["calibration", "evaluation"]
 TEXT_COLUMNS = ("text", "content", "document", "sentence", "code")
@@ -176,7 +176,7 @@ def _file_documents(path: Path) -> list[Document]:
         try:
             rows = load_dataset(kind, data_files=str(path), split="train")
         except Exception as error:
-            raise DataError(f"{path}: not readable as {kind} ({_first_line(error)})") from error
+            raise DataError(f"{path}: not readable as {kind} ({first_line(error)})") from error
         column = _text_column(rows.column_names, str(path))
         return [_row_document(row, column) for row in rows if isinstance(row[column], str)]
     text = _read_text(path)
@@ -199,7 +199,7 @@ def _hub_documents(source: str) -> Iterator[Document]:
     except Exception as error:
         raise DataError(
             f"data '{source}': neither a local file nor a data set that could be loaded "
-            f"({_first_line(error)}); write demo, a path, or name:config:split:column"
+            f"({first_line(error)}); write demo, a path, or name:config:split:column"
         ) from error
     return (_row_document(row, column) for row in rows)
 
@@ -267,7 +267,3 @@ def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
         ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         counts = [len(tokenizer.decode([i]).encode()) for i in ids]
     return ids + closing, counts + [0] * len(closing)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [error.__class__.__name__])[0][:160]

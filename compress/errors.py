@@ -65,3 +65,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; choose from {', '.join(choices)}" if choices else ""
+
+
+def first_line(error: Exception, most: int = 160) -> str:
+    """What an error says, in one line of ``most`` letters; its name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:most]

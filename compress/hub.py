@@ -9,8 +9,7 @@ import typer
 
 from compress.arguments import Json, Quiet
 from compress.display import screen
-from compress.errors import CheckpointError, RecipeError
-from compress.source import read_config
+from compress.errors import CheckpointError, RecipeError, first_line
 
 IGNORED = ["*.tmp", ".*", "*/.*"]
 
@@ -47,6 +46,8 @@ def upload(folder: Path, to: str, *, private: bool = False, message: str = "") -
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    from compress.source import read_config
+
     try:
         validate_repo_id(to)
         if to.count("/") != 1:
@@ -62,7 +63,7 @@ def upload(folder: Path, to: str, *, private: bool = False, message: str = "") -
             repo_id=to, folder_path=folder, commit_message=message, ignore_patterns=IGNORED
         )
     except (HfHubHTTPError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        reason = first_line(error, 200)
         raise CheckpointError(
             f"{folder}: the hub did not take it as {to} ({reason}); `hf auth login` first, and "
             "check that the name is yours"

@@ -8,7 +8,6 @@ for each matrix.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -32,8 +31,6 @@ from compress.store import Store, file_size
 from compress.weights import Dense, Quantized, Weight
 from compress.weights.quantized import scale_dtype
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,22 +48,6 @@ class Plan:
     bytes: int
     budget: int
     cost: float
-
-
-def parse_size(size: str, whole: int) -> int:
-    """``30%`` of ``whole``, ``300MB``, ``1.5GB`` or plain bytes, as bytes.
-
-    Raises:
-        RecipeError: it is none of these, or nothing is left of the model.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[kmg]?b)?\s*", size.lower())
-    if not found:
-        raise RecipeError(f"size '{size}': write a share such as 30%, or bytes such as 300MB")
-    number, unit = float(found[1]), found[2] or ""
-    budget = int(number / 100 * whole) if unit == "%" else int(number * UNITS[unit])
-    if budget < 1:
-        raise RecipeError(f"size '{size}' is nothing")
-    return budget
 
 
 def plan(recipe: Recipe, source: Source, stage: Stage, budget: int) -> Generator[Event, None, Plan]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compress.arguments import Data, Json, Model, Quiet, Seed, Sets, overrides
+from compress.arguments import Data, Json, Model, Quiet, Seed, Sets, names, overrides, parse_size
 from compress.display import follow, plan_table, screen
 
 
@@ -28,12 +28,10 @@ def plan(
     [bold]compress plan --size 25% --out small.yaml && compress apply small.yaml --out small[/]
     """
     from compress import recipe as recipe_files
-    from compress.plan import parse_size
     from compress.plan import plan as planned
     from compress.source import Source
 
-    taken = [target.strip() for target in targets.split(",")]
-    asked = {"stages": [{"use": "gptq", "targets": taken}]}
+    asked = {"stages": [{"use": "gptq", "targets": names(targets)}]}
     recipe = recipe_files.load_one(asked, overrides(model, data, seed, sets))
     source = Source(recipe.model, untie=recipe.untie)
     budget = parse_size(size, source.nbytes)

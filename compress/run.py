@@ -119,15 +119,8 @@ def _help(recipe: Recipe, out: Path) -> Generator[Event, None, dict[str, Any]]:
     for number, stage in enumerate(recipe.stages):
         if number >= done:
             store = Store(work / f"stage-{number}")
-            if isinstance(stage.compressor, TransformCompressor):
-                yield from transform(number, stage, recipe, model, before, store)
-            elif isinstance(stage.compressor, StructureCompressor):
-                yield from restructure(number, stage, recipe, model, before, store)
-            elif isinstance(stage.compressor, TrainingCompressor):
-                torch.manual_seed(recipe.seed * 1000 + number)
-                yield from _train(number, stage, recipe, model, before, store)
-            elif calibrates(stage, recipe, model):
-                yield from solve(number, stage, recipe, model, before, store)
+            if not _alone(stage, recipe, model):
+                yield from _stage(number, stage, recipe, model, before, store)
             distributed.wait()
             before = store
         model = followed(stage, reported(work, number), model)
@@ -171,6 +164,11 @@ class Original:
         return {name: weight.spec for name, weight in self.read(number).weights.items()}, []
 
 
+def _alone(stage: Stage, recipe: Recipe, source: Source) -> bool:
+    """Whether the first process does a stage without the others: nothing runs the model."""
+    return isinstance(stage.compressor, LayerCompressor) and not calibrates(stage, recipe, source)
+
+
 def _stage(
     number: int,
     stage: Stage,
@@ -190,7 +188,8 @@ def _stage(
     else:
         assert isinstance(stage.compressor, LayerCompressor)
         yield from solve(number, stage, recipe, source, before, store)
-    finish(store.folder.parent, number, report)
+    if not distributed.rank():
+        finish(store.folder.parent, number, report)
 
 
 def _train(
@@ -223,7 +222,7 @@ def _train(
         student=student,
         original=lambda: load(source.folder, dtype=torch.float32),
         teacher=lambda: load(teacher, dtype=torch.float32),
-        teacher_hash=fingerprint(teacher),
+        teacher_hash=fingerprint(compressor.teacher) if compressor.teacher else source.hash,
         text=text,
         held=max(1, len(text) // 8),
         tokenizer=load_tokenizer(source.folder),

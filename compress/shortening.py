@@ -18,6 +18,7 @@ from compress.anatomy import Block, Site
 from compress.assemble import assemble
 from compress.blockwise import captured, dense_tensor, put, skipping
 from compress.calibration import forward_passes
+from compress.compressors.distillation.losses import forward_kl, log_probabilities
 from compress.compressors.structure.depth import Depth, seam
 from compress.errors import ModelError
 from compress.events import Event
@@ -155,7 +156,7 @@ class _Work:
             tokens += len(p)
             for i, gone in enumerate(options):
                 with skipping(self.original, [self.names[n] for n in gone]):
-                    total[i] += _divergence(p, _predictions(forward(self.original)))
+                    total[i] += float(forward_kl(p, _predictions(forward(self.original))).sum())
         return [round(x / tokens, 6) for x in total]
 
     def repair(
@@ -221,7 +222,7 @@ class _Work:
                 skipping(student, [self.names[n] for n in gone]),
                 captured(student, reads, makes) as (read, made),
             ):
-                total += _divergence(p, _predictions(forward(student)))
+                total += float(forward_kl(p, _predictions(forward(student))).sum())
             tokens += len(p)
             if at is not None:
                 A = F.pad(read[reads[0]], (0, 1), value=1.0)
@@ -247,11 +248,6 @@ def fold(part: Part, site: Site, missing: Tensor, moments: Tensor) -> None:
         part.others[f"{site.name}.bias"] = (bias.float() + shift).to(bias.dtype)
 
 
-def _divergence(p: Tensor, q: Tensor) -> float:
-    """Σ KL(p ‖ q) of log-probabilities [tokens, classes]."""
-    return float((p.exp() * (p - q)).sum())
-
-
 def _predictions(output: Any) -> Tensor:
     """float32 log-probabilities [tokens, classes].
 
@@ -262,4 +258,4 @@ def _predictions(output: Any) -> Tensor:
         raise ModelError(
             "this model has no logits to compare; set choose: influence, repair: false"
         )
-    return output.logits.float().flatten(0, -2).log_softmax(-1)
+    return log_probabilities(output.logits.flatten(0, -2))

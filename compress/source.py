@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from compress.anatomy import Anatomy, Block, anatomize
-from compress.errors import ModelError
+from compress.errors import ModelError, first_line
 from compress.weights import Dense, Weight
 from compress.weights.modeling_compressed import resize
 
@@ -58,7 +58,7 @@ def resolve(model: str | Path) -> Path:
             )
         )
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error, 120)
         raise ModelError(
             f"model '{model}': neither a local folder nor a hub model that could be "
             f"downloaded ({reason})"
@@ -76,7 +76,7 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedC
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)
         raise ModelError(f"{folder}/config.json: {reason}") from error
 
 
@@ -93,6 +93,16 @@ def model_class(config: PretrainedConfig, folder: Path | str) -> type[Any]:
     if cls is None:
         raise ModelError(f"{folder}: transformers {transformers.__version__} has no {names[0]}")
     return cls
+
+
+def digest(folder: Path, files: Iterable[Path]) -> str:
+    """SHA-256 over the config of a model folder and its weight ``files``, 16 hex digits."""
+    found = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                found.update(chunk)
+    return found.hexdigest()[:16]
 
 
 class Source:
@@ -166,7 +176,7 @@ class Source:
             with init_empty_weights(include_buffers=False):
                 model = self.model_class(self.config)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            reason = first_line(error)
             raise ModelError(
                 f"{self.folder}: {self.model_class.__name__} rejects its config: {reason}"
             ) from error
@@ -271,13 +281,8 @@ class Source:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over the config and weight files, 16 hex digits."""
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for file in self.files:
-            with file.open("rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    digest.update(chunk)
-        return digest.hexdigest()[:16]
+        """See ``digest``."""
+        return digest(self.folder, self.files)
 
     @property
     def nbytes(self) -> int:

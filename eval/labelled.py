@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from compress.data import load_dataset
-from compress.errors import DataError, NotMeasurable, RecipeError, did_you_mean
+from compress.errors import DataError, NotMeasurable, RecipeError, did_you_mean, first_line
 from compress.objective import Examples, context_length
 
 USUAL = {  # role → names that its column usually has
@@ -179,7 +179,7 @@ def _rows(source: str) -> Any:
         found = load_dataset(source) if path.is_dir() else load_dataset(name, config or None)
         return found[split or next(s for s in (*SPLITS, *found) if s in found)]
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)
         raise DataError(
             f"data set '{source}' does not load ({reason}); give a .csv, .json, .jsonl or .parquet "
             "file, a folder that datasets saved, or name:config:split"

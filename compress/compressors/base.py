@@ -27,6 +27,7 @@ from compress.weights import Dense, LowRank, Weight
 from compress.weights.modeling_compressed import Compressed, attach, attach_alias
 
 Shape = tuple[int, int]
+LOSS_WEIGHTED = "weigh tokens by how much the loss depends on the layer's output"
 PROPAGATE = "how far to correct for the error of the layers before (0 not, 1 fully)"
 
 
@@ -157,9 +158,7 @@ class CalibratedCompressor(LayerCompressor, ABC):
     needs_text: ClassVar[bool] = True  # or else, without text, the data-free self is what is wanted
 
     propagate: float = Field(0.5, ge=0, le=1, description=PROPAGATE)
-    loss_weighted: bool = Field(
-        False, description="weigh tokens by how much the loss depends on the layer's output"
-    )
+    loss_weighted: bool = Field(False, description=LOSS_WEIGHTED)
 
     @property
     def reads_gradients(self) -> bool:

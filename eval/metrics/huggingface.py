@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 import torch
 import yaml
 
-from compress.errors import NotMeasurable, RecipeError
+from compress.errors import NotMeasurable, RecipeError, first_line
 from compress.objective import IGNORED
 from eval.labelled import classes
 from eval.metrics.base import Context, Metric
@@ -102,7 +102,7 @@ class HuggingFaceMetric(Metric):
         try:
             return evaluate.load(self.path)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            reason = first_line(error)
             raise RecipeError(
                 f"metric '{self.name}' does not load ({reason}); without a network give the path "
                 "of a metric script"

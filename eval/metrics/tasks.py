@@ -18,7 +18,14 @@ from typing import Any
 
 import torch
 
-from compress.errors import DataError, NotMeasurable, PluginError, RecipeError, did_you_mean
+from compress.errors import (
+    DataError,
+    NotMeasurable,
+    PluginError,
+    RecipeError,
+    did_you_mean,
+    first_line,
+)
 from compress.objective import family
 from eval import demo_tasks
 from eval.metrics.base import Context, Metric
@@ -166,7 +173,7 @@ def _load_quietly(name: str, manager_class: Any) -> dict[str, Any]:
                 task.set_config(key="num_fewshot", value=0)
         return loaded | {"manager": manager}
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        reason = first_line(error)
         raise DataError(
             f"task '{name}' does not load ({reason}); without a network give a YAML file whose "
             f"data is local, or one of {', '.join(demo_tasks.TASKS)}"

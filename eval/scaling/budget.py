@@ -6,18 +6,15 @@ settings that were not made are known, and the degradation law says what they lo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from compress.errors import RecipeError
 from eval.scaling.degradation import Degradation, Loss, Prediction
 from eval.scaling.law import Curve
 from eval.scaling.robust import Array
 
-UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DENSE = 16  # bits of a weight that nothing was done to
 
 
@@ -39,19 +36,6 @@ class Mix:
     nll: float
     low: float
     high: float
-
-
-def parse(text: str, original: float) -> float:
-    """``30%`` of ``original``, ``500KB`` or ``1.5MiB`` in bytes.
-
-    Raises:
-        RecipeError: it is neither.
-    """
-    found = re.fullmatch(r"\s*([\d.]+)\s*(%|[A-Za-z]*)\s*", text)
-    unit = found[2].upper() if found else "?"
-    if not found or found[1].count(".") > 1 or (unit != "%" and unit not in UNITS):
-        raise RecipeError(f"--size {text}: write a share or bytes, e.g. 30% or 500KB")
-    return float(found[1]) * (original / 100 if unit == "%" else UNITS[unit])
 
 
 def best(laws: Sequence[Degradation], budget: float, parameters: int) -> list[Choice]:

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from compress.arguments import parse_size
+
 if TYPE_CHECKING:
     from eval.scaling.study import Study
 
@@ -63,14 +65,14 @@ def fit(
 
 def _within(found: Study, size: str) -> tuple[list[Any], list[Any]]:
     from compress.errors import DataError
-    from eval.scaling.budget import best, best_bits, parse
+    from eval.scaling.budget import best, best_bits
     from eval.scaling.ladder import parameters
 
     if not found.compressed:
         raise DataError(f"--size {size}: there is no compressed checkpoint among the folders")
     originals = {parameters(item.original): item.original for item in found.compressed}
     N, original = max(originals.items())
-    budget = parse(size, original.size or 0)
+    budget = parse_size(size, original.size or 0)
     mixes = []
     for law in found.laws if found.ladder else ():
         mixes += best_bits(law, found.ladder.curve, budget)  # type: ignore[union-attr]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -293,3 +295,10 @@ def test_plan_writes_a_recipe_that_apply_obeys(compress: Run, tmp_path: Path) ->
     taken = json.loads(answer.out)["bytes"]
     assert 0.99 * 0.3 * taken["original"] < taken["disk"] <= 0.3 * taken["original"]
     assert compress("plan", "--size", "a third", "--out", recipe).code == 2
+
+
+def test_help_waits_for_no_model_library() -> None:
+    """Commands import what they need when they run."""
+    code = "import compress.cli, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

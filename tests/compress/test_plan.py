@@ -12,10 +12,11 @@ from torch import Tensor
 
 from compress import recipe as recipes
 from compress import run as runs
+from compress.arguments import parse_size
 from compress.compressors.quantization.bits import cost
 from compress.compressors.quantization.rtn import RTN
 from compress.errors import DataError, RecipeError
-from compress.plan import Plan, parse_size, plan
+from compress.plan import Plan, plan
 from compress.problem import LayerProblem, Table
 from compress.source import Source
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from compress.arguments import parse_size
 from compress.errors import DataError, RecipeError
 from eval.scaling import budget, degradation, law
 from eval.scaling.degradation import Loss
@@ -207,11 +208,11 @@ def test_the_best_within_a_budget() -> None:
     choices = budget.best([found], 1_020_000, 1_000_000)
     assert [(c.prediction.value, c.prediction.group) for c in choices] == [(5, 128), (4, 32)]
     assert choices[0].size == pytest.approx(1e6 / 8 * (5 + 16 / 128 + 3))
-    assert budget.parse("30%", 1000) == 300
-    assert budget.parse("500KB", 1) == 500_000
-    assert budget.parse("1.5MiB", 1) == 1.5 * 2**20
+    assert parse_size("30%", 1000) == 300
+    assert parse_size("500KB", 1) == 500_000
+    assert parse_size("1.5MiB", 1) == 1.5 * 2**20
     with pytest.raises(RecipeError, match="30% or 500KB"):
-        budget.parse("many", 1)
+        parse_size("many", 1)
 
 
 def test_the_best_bits_for_a_size_of_ones_own() -> None:

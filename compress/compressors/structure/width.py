@@ -9,7 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from compress.compressors.base import CalibratedCompressor, LayerCompressor, StructureCompressor
+from compress.compressors.base import (
+    LOSS_WEIGHTED,
+    PROPAGATE,
+    CalibratedCompressor,
+    LayerCompressor,
+    StructureCompressor,
+)
 from compress.compressors.budget import allocate
 from compress.problem import LayerProblem
 from compress.weights import Dense, Weight
@@ -37,15 +43,8 @@ class Width(StructureCompressor):
         description="the same share of every layer, which needs no modelling file; or by error",
     )
     compensate: bool = Field(True, description="solve anew for what stays")
-    propagate: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="how far to correct for the error of the layers before (0 not, 1 fully)",
-    )
-    loss_weighted: bool = Field(
-        False, description="weigh tokens by how much the loss depends on the layer's output"
-    )
+    propagate: float = Field(0.5, ge=0, le=1, description=PROPAGATE)
+    loss_weighted: bool = Field(False, description=LOSS_WEIGHTED)
 
     default_targets: ClassVar = ("mlp", "attention")
 
