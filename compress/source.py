@@ -65,6 +65,14 @@ def resolve(model: str | Path) -> Path:
         ) from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file says; nothing if there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The config of a model folder.
 
@@ -117,13 +125,12 @@ class Source:
     """
 
     changes: Mapping[str, Any] = MappingProxyType({})
+    there: dict[str, tuple[Path, str]]  # every tensor of the files, as this model would name it
 
     def __init__(self, model: str | Path, *, untie: bool = False) -> None:
         self.name = str(model) if str(model) == "demo" else str(Path(model).expanduser())
         self.folder = resolve(model)
-        self._refuse_compressed()
-        self.config = read_config(self.folder)
-        self.model_class = model_class(self.config, self.folder)
+        self.config, self.model_class = self._described()
         if untie:
             self.config.tie_word_embeddings = False
         self.files = self._files()
@@ -132,17 +139,17 @@ class Source:
         self._place = self._places(untie)
         self.anatomy = self._stored_dtypes()
 
-    def _refuse_compressed(self) -> None:
-        try:
-            raw = json.loads((self.folder / "config.json").read_text())
-        except (OSError, ValueError):
-            return  # read_config says what is wrong
+    def _described(self) -> tuple[PretrainedConfig, type[Any]]:
+        """The config and the model class of a folder that is not compressed."""
+        raw = read_json(self.folder / "config.json")
         method = (raw.get("quantization_config") or {}).get("quant_method")
         if method or "compressed_sites" in raw:
             raise ModelError(
                 f"{self.folder} is already compressed ({method or 'compressed modules'}); start "
                 "from the original model with all stages in one recipe"
             )
+        config = read_config(self.folder)
+        return config, model_class(config, self.folder)
 
     def _files(self) -> list[Path]:
         index = self.folder / INDEX
@@ -192,9 +199,9 @@ class Source:
         transforms = get_model_conversion_mapping(self.skeleton)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        there: dict[str, tuple[Path, str]] = {}
+        there = self.there = {}
         for file in self.files:
-            for key in _open(file).keys():  # noqa: SIM118 - not a dict
+            for key in open_file(file).keys():  # noqa: SIM118 - not a dict
                 name, converted = rename_source_key(key, renamings, converters)
                 if converted is None:
                     there[name] = (file, key)
@@ -249,7 +256,7 @@ class Source:
             return expected
         file, key = self._place[name]
         try:
-            tensor = _open(file).get_tensor(key)
+            tensor = open_file(file).get_tensor(key)
         except SafetensorError as error:
             raise ModelError(f"{file}: cannot read {key} ({error})") from error
         if tensor.shape != expected.shape:
@@ -306,7 +313,7 @@ class Source:
     def headers(self) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
         """Name, shape and dtype of every tensor of the model, without reading any."""
         for name, (file, key) in self._place.items():
-            piece = _open(file).get_slice(key)
+            piece = open_file(file).get_slice(key)
             yield name, torch.Size(piece.get_shape()), _DTYPES[piece.get_dtype()]
 
 
@@ -315,7 +322,8 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
            "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 
 
-def _open(file: Path) -> Any:
+def open_file(file: Path) -> Any:
+    """A safetensors file, of which tensors can be read one by one."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

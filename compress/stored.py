@@ -1,0 +1,211 @@
+"""A compressed folder, read back: every weight in the form in which it is stored.
+
+Exporters and runtimes start here: a ``Quantized`` has its codes and scales, a ``LowRank`` its
+factors. Folders of ours in every format are read, and those of other toolkits in the layouts of
+compressed-tensors and bitsandbytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from functools import cached_property
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from compress.anatomy import Anatomy, Site
+from compress.errors import ModelError
+from compress.formats import CUSTOM
+from compress.source import Source, model_class, open_file, read_config, read_json
+from compress.weights import NF4, Dense, Float8, Int8, LowRank, Quantized, Sum, Weight
+from compress.weights.base import spec_of
+
+READ = ("compressed-tensors", "bitsandbytes")  # quant_methods whose layout is known here
+
+
+class Stored(Source):
+    """A model folder, compressed or not, as its sites' weights and its other tensors.
+
+    ``config`` and ``model_class`` are the plain architecture's. Nothing but what is asked for is
+    read.
+
+    Raises:
+        ModelError: not a model folder, or weights in a layout that is not known here.
+    """
+
+    def _described(self) -> tuple[PretrainedConfig, type[Any]]:
+        raw = read_json(self.folder / "config.json")
+        self.quantization: dict[str, Any] = raw.get("quantization_config") or {}
+        method = self.quantization.get("quant_method")
+        if method and method not in READ:
+            raise ModelError(
+                f"{self.folder}: its weights are in the layout of {method}, which is not read "
+                f"matrix by matrix; {' and '.join(READ)} are"
+            )
+        if "compressed_sites" not in raw:
+            config = read_config(self.folder)
+            return config, model_class(config, self.folder)
+        raw["model_type"] = raw["model_type"].removeprefix(CUSTOM)
+        raw["architectures"] = [n.removeprefix("Compressed") for n in raw["architectures"]]
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        return config, getattr(transformers, raw["architectures"][0])
+
+    def _check_buffer(self, name: str) -> None:
+        """What has no tensor of its name is a site that is stored otherwise, or a buffer."""
+        if not any(key.startswith(name.removesuffix("weight")) for key in self.there):
+            super()._check_buffer(name)
+
+    def _stored_dtypes(self) -> Anatomy:
+        return self.anatomy  # those of the config: packed tensors have others
+
+    def weight(self, site: Site) -> Weight:
+        """One site's weight.
+
+        Raises:
+            ModelError: it is in a layout that is not known here.
+        """
+        base = self._base_weight(site)
+        update = self._updates.get(site.name)
+        return base if update is None else Sum.of(base, update)
+
+    def others(self) -> dict[str, Tensor]:
+        """All tensors that no site stands for: norms, biases, positions, buffers."""
+        inside = {site.parameter for site in self.anatomy.sites}
+        names = (name for block in self.anatomy.blocks for name in block.tensors)
+        return {name: self.tensor(name) for name in names if name not in inside}
+
+    def _base_weight(self, site: Site) -> Weight:
+        sites = getattr(self.config, "compressed_sites", {})
+        if site.name in sites:
+            known = sites[site.name]
+            return Weight.restore(known["spec"], self._parts(site, known["tensors"]))
+        parts = self._parts(site)
+        if self.quantization.get("quant_method") == "compressed-tensors":
+            return self._compressed_tensors(site, parts)
+        if "SCB" in parts:
+            codes = {"codes": parts["weight"], "SCB": parts["SCB"]}
+            return Int8(self._spec("int8", site), codes)
+        if "weight.absmax" in parts:
+            return self._nf4(site, parts)
+        return self._plain(site)
+
+    def _plain(self, site: Site) -> Weight:
+        if site.parameter not in self._place:
+            raise ModelError(f"{self.folder}: the checkpoint has no tensor for {site.parameter}")
+        matrix = self.tensor(site.parameter)
+        return Dense.of(matrix.T if site.layout == "conv1d" else matrix)
+
+    def _parts(self, site: Site, names: Collection[str] = ()) -> dict[str, Tensor]:
+        """The tensors of a site (of these ``names``), by what comes after its name."""
+        start = f"{site.name}."
+        return {
+            name.removeprefix(start): open_file(file).get_tensor(key)
+            for name, (file, key) in self.there.items()
+            if name.startswith(start) and (not names or name.removeprefix(start) in names)
+        }
+
+    def _spec(self, kind: str, site: Site, **numbers: Any) -> dict[str, Any]:
+        return spec_of(kind, torch.empty(site.shape, device="meta"), self._dtype, **numbers)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        return self.config.dtype or torch.float32
+
+    def _compressed_tensors(self, site: Site, parts: dict[str, Tensor]) -> Weight:
+        scale = parts.get("weight_scale")
+        if scale is None:
+            return self._plain(site)
+        if "weight_g_idx" in parts:
+            raise ModelError(f"{self.folder}: {site.name} has its columns in another order (g_idx)")
+        group = self._group(site)
+        numbers, inputs = group["weights"], group.get("input_activations")
+        bits = numbers["num_bits"]
+        scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
+        if numbers.get("strategy") not in ("group", "channel") or len(scale) != site.shape[0]:
+            raise ModelError(
+                f"{self.folder}: {site.name} has scales by {numbers.get('strategy')}; rows and "
+                "groups in rows are read"
+            )
+        if numbers["type"] == "float":
+            spec = self._spec("float8", site)
+            weight: Weight = Float8(
+                spec, {"codes": parts["weight"].view(torch.uint8), "weight_scale": scale}
+            )
+            rounded: int | str = "float8"
+        else:
+            width = numbers.get("group_size") if numbers["strategy"] == "group" else None
+            width = min(width or site.shape[1], site.shape[1])
+            if "weight_packed" in parts:
+                spec = self._spec(
+                    "quantized", site, bits=bits, group=width,
+                    symmetric="weight_zero_point" not in parts,
+                )  # fmt: skip
+                kept = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+                weight = Quantized(spec, {k: parts[k] for k in kept if k in parts})
+            else:
+                half = 1 << (bits - 1)
+                codes = parts["weight"].int() + half
+                zero = parts.get("weight_zero_point")
+                weight = Quantized.pack(
+                    codes, scale, None if zero is None else zero.reshape(scale.shape).int() + half,
+                    bits=bits, group=width, dtype=self._dtype,
+                )  # fmt: skip
+            rounded = bits
+        if inputs:
+            weight.spec["activations"] = rounded
+        return weight
+
+    def _group(self, site: Site) -> dict[str, Any]:
+        """The config group of compressed-tensors that a site belongs to."""
+        cls = {"linear": "Linear", "embedding": "Embedding"}.get(site.layout)
+        groups = self.quantization["config_groups"].values()
+        for exact in (True, False):
+            for group in groups:
+                for target in group["targets"]:
+                    if target.startswith("re:"):
+                        hit = re.match(target[3:], site.name)
+                    else:
+                        hit = target in (site.name, *site.aliases) if exact else target == cls
+                    if hit:
+                        return group
+        raise ModelError(f"{self.folder}: quantization_config names no group for {site.name}")
+
+    def _nf4(self, site: Site, parts: dict[str, Tensor]) -> Weight:
+        tensors = {"codes": parts["weight"]}
+        for key, tensor in parts.items():
+            if key.startswith("weight."):
+                name = key.removeprefix("weight.")
+                kind = name.partition(".")[2]
+                if kind.startswith("bitsandbytes__") and kind != "bitsandbytes__nf4":
+                    raise ModelError(f"{self.folder}: {site.name} is {kind}; nf4 is read")
+                tensors["quant_state" if kind else name] = tensor
+        state = json.loads(bytes(tensors["quant_state"].tolist()).decode())
+        spec = self._spec(
+            "nf4", site, block=state["blocksize"], double_quant="nested_absmax" in tensors
+        )
+        return NF4(spec, tensors)
+
+    @cached_property
+    def _updates(self) -> dict[str, LowRank]:
+        """The low-rank weights of a PEFT adapter in the folder, by site."""
+        config = read_json(self.folder / "adapter_config.json")
+        file = self.folder / "adapter_model.safetensors"
+        if not config or not file.is_file():
+            return {}
+        tensors = open_file(file)
+        found = {}
+        for site in self.anatomy.sites:
+            start = f"base_model.model.{site.name}.lora_"
+            if f"{start}A.weight" in tensors.keys():  # noqa: SIM118 - not a dict
+                rank = config["rank_pattern"].get(site.name, config["r"])
+                alpha = config["alpha_pattern"].get(site.name, config["lora_alpha"])
+                A, B = (tensors.get_tensor(f"{start}{x}.weight") for x in "AB")
+                scaled = B.float() * (alpha / rank)
+                found[site.name] = LowRank.of(scaled, A.float(), self._dtype)
+        return found
