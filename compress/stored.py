@@ -115,7 +115,8 @@ class Stored(Source):
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        return self.config.dtype or torch.float32
+        dtype = self.config.dtype
+        return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
     def _compressed_tensors(self, site: Site, parts: dict[str, Tensor]) -> Weight:
         scale = parts.get("weight_scale")
@@ -123,56 +124,55 @@ class Stored(Source):
             return self._plain(site)
         if "weight_g_idx" in parts:
             raise ModelError(f"{self.folder}: {site.name} has its columns in another order (g_idx)")
-        group = self._group(site)
-        numbers, inputs = group["weights"], group.get("input_activations")
-        bits = numbers["num_bits"]
+        scheme = self._scheme(site)
+        numbers, inputs = scheme["weights"], scheme.get("input_activations")
         scale = scale.reshape(-1, 1) if scale.dim() < 2 else scale
         if numbers.get("strategy") not in ("group", "channel") or len(scale) != site.shape[0]:
             raise ModelError(
                 f"{self.folder}: {site.name} has scales by {numbers.get('strategy')}; rows and "
                 "groups in rows are read"
             )
-        if numbers["type"] == "float":
-            spec = self._spec("float8", site)
-            weight: Weight = Float8(
-                spec, {"codes": parts["weight"].view(torch.uint8), "weight_scale": scale}
-            )
-            rounded: int | str = "float8"
-        else:
-            width = numbers.get("group_size") if numbers["strategy"] == "group" else None
-            width = min(width or site.shape[1], site.shape[1])
-            if "weight_packed" in parts:
-                spec = self._spec(
-                    "quantized", site, bits=bits, group=width,
-                    symmetric="weight_zero_point" not in parts,
-                )  # fmt: skip
-                kept = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-                weight = Quantized(spec, {k: parts[k] for k in kept if k in parts})
-            else:
-                half = 1 << (bits - 1)
-                codes = parts["weight"].int() + half
-                zero = parts.get("weight_zero_point")
-                weight = Quantized.pack(
-                    codes, scale, None if zero is None else zero.reshape(scale.shape).int() + half,
-                    bits=bits, group=width, dtype=self._dtype,
-                )  # fmt: skip
-            rounded = bits
+        weight = self._on_grid(site, parts, scale, numbers)
         if inputs:
-            weight.spec["activations"] = rounded
+            rounding = "float8" if numbers["type"] == "float" else inputs["num_bits"]
+            weight.spec["activations"] = rounding
         return weight
 
-    def _group(self, site: Site) -> dict[str, Any]:
-        """The config group of compressed-tensors that a site belongs to."""
+    def _on_grid(
+        self, site: Site, parts: dict[str, Tensor], scale: Tensor, numbers: dict[str, Any]
+    ) -> Weight:
+        if numbers["type"] == "float":
+            codes = parts["weight"].view(torch.uint8)
+            return Float8(self._spec("float8", site), {"codes": codes, "weight_scale": scale})
+        bits, group = numbers["num_bits"], site.shape[1]
+        if numbers["strategy"] == "group":
+            group = min(numbers["group_size"], group)
+        zero = parts.get("weight_zero_point")
+        if "weight_packed" in parts:
+            kept = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+            spec = self._spec("quantized", site, bits=bits, group=group, symmetric=zero is None)
+            return Quantized(spec, {key: parts[key] for key in kept if key in parts})
+        half = 1 << (bits - 1)
+        return Quantized.pack(
+            parts["weight"].int() + half,
+            scale,
+            None if zero is None else zero.reshape(scale.shape).int() + half,
+            bits=bits,
+            group=group,
+            dtype=self._dtype,
+        )
+
+    def _scheme(self, site: Site) -> dict[str, Any]:
+        """The config group of compressed-tensors that a site belongs to; its own name first."""
         cls = {"linear": "Linear", "embedding": "Embedding"}.get(site.layout)
-        groups = self.quantization["config_groups"].values()
-        for exact in (True, False):
-            for group in groups:
+        by_name: tuple[str, ...] = (site.name, *site.aliases)
+        for wanted in (by_name, (cls,)):
+            for group in self.quantization["config_groups"].values():
                 for target in group["targets"]:
-                    if target.startswith("re:"):
-                        hit = re.match(target[3:], site.name)
-                    else:
-                        hit = target in (site.name, *site.aliases) if exact else target == cls
-                    if hit:
+                    expression = target.removeprefix("re:")
+                    if target in wanted or (
+                        target != expression and re.match(expression, site.name)
+                    ):
                         return group
         raise ModelError(f"{self.folder}: quantization_config names no group for {site.name}")
 
