@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import normal
 from torch import Tensor, nn
 
@@ -25,10 +25,9 @@ from compress.compressors.quantization.smoothquant import SmoothQuant
 from compress.compressors.quantization.w8a8 import W8A8
 from compress.errors import DataError
 from compress.plain_load import observe
-from compress.source import Source
 from compress.verify import Verifier, probe_inputs, relative_difference
 from compress.weights.modeling_compressed import round_tokens
-from compress.wiring import find_wires
+from eval.benchmarks.outlier_model import plant
 
 sys.path.append(str(Path(__file__).parents[1] / "end_to_end"))
 import models
@@ -209,22 +208,8 @@ def test_resumed_runs_give_the_same_bytes(first: str, text: str, tmp_path: Path)
 # It becomes easier to round
 
 
-def with_outliers(model: Path) -> Path:
-    """Scale a few channels of every norm up and what reads them down: an equal model."""
-    tensors = load_file(model / "model.safetensors")
-    for wires in find_wires(Source(str(model))):
-        for wire in (w for w in wires if w.site is None):
-            factor = torch.ones(len(wire.source))
-            factor[5::23] = 64
-            tensors[wire.producer] = tensors[wire.producer] * factor
-            for site in wire.readers:
-                tensors[site.parameter] = tensors[site.parameter] / factor
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    return model
-
-
 def test_outliers_are_what_they_help_against(apply: Apply, tmp_path: Path) -> None:
-    model = with_outliers(models.save(tmp_path / "model", "llama"))
+    model = plant(models.save(tmp_path / "model", "llama"))
     before = logits(model)
 
     def wrong(*stages: dict[str, Any]) -> float:
@@ -241,7 +226,7 @@ def test_outliers_are_what_they_help_against(apply: Apply, tmp_path: Path) -> No
 def test_w8a8_loads_as_it_was_in_memory(family: str, verifier: Verifier, tmp_path: Path) -> None:
     """compressed-tensors rounds inputs, and so does the modelling file that Conv1D needs."""
     model = models.save(tmp_path / "model", family)
-    model = with_outliers(model) if family == "llama" else model
+    model = plant(model) if family == "llama" else model
     recipe = recipes.load_one({"model": str(model), "stages": [{"use": "w8a8"}]})
     runs.apply(recipe, tmp_path / "out", verifier=verifier)
     if family in ("gpt2", "t5"):  # transformers keeps T5's wo out of quantizers' hands
