@@ -70,6 +70,23 @@ def test_a_student_learns_from_a_wider_and_deeper_model(apply: Apply, source: Ma
     assert len(list((cached.parent / ".teacher-cache").iterdir())) == 1
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+def test_smaller_models_of_other_families_heal(family: str, apply: Apply, source: Make) -> None:
+    """Fewer blocks, narrower ones, healed: a BERT by the tokens that are hidden from it."""
+    smaller = [{"use": "depth", "amount": 0.5}, {"use": "width", "targets": ["mlp"], "amount": 0.5}]
+    heal = {"use": "distill", **SHORT, "learning_rate": 1e-4, "patience": 9}
+    model = source(family, **({"n_layer": 3} if family == "gpt2" else {"num_hidden_layers": 3}))
+    before = apply(model, smaller, name="before", calibrated=True)
+    after = apply(model, [*smaller, heal], name="after")
+    record = models.record(after)
+    assert record["storage"] == "dense"
+    assert record["stages"][2]["best_step"] > 0
+    held = record["stages"][2]["held_out_loss"]
+    assert held["best"] < held["before"]
+    assert models.record(before)["bytes"] == record["bytes"]
+    assert models.loaded_difference(after) < 5e-3
+
+
 def test_teachers_that_read_other_tokens_are_refused(
     source: Make, text: str, tmp_path: Path
 ) -> None:
