@@ -2,10 +2,22 @@
 
 from compress.weights.base import Weight
 from compress.weights.bitsandbytes import NF4, Int8
+from compress.weights.coded import Coded
 from compress.weights.dense import Dense
 from compress.weights.float8 import Float8
 from compress.weights.lowrank import LowRank, Sum
 from compress.weights.quantized import Quantized
 from compress.weights.sparse import Sparse
 
-__all__ = ["NF4", "Dense", "Float8", "Int8", "LowRank", "Quantized", "Sparse", "Sum", "Weight"]
+__all__ = [
+    "NF4",
+    "Coded",
+    "Dense",
+    "Float8",
+    "Int8",
+    "LowRank",
+    "Quantized",
+    "Sparse",
+    "Sum",
+    "Weight",
+]

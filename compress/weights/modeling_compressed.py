@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from typing import Any
 
 import torch
@@ -138,6 +139,23 @@ def _float8(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     return tensors["codes"].view(torch.float8_e4m3fn).float() * tensors["weight_scale"].float()
 
 
+def _coded(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """stream uint8, deflated symbols of ``digits`` codes in base ``levels`` each."""
+    rows, columns = spec["shape"]
+    raw = zlib.decompress(tensors["stream"].cpu().numpy().tobytes(), wbits=-15)
+    symbols = torch.frombuffer(bytearray(raw), dtype=torch.uint8).int()
+    powers = spec["levels"] ** torch.arange(spec["digits"], dtype=torch.int32)
+    codes = (symbols[:, None] // powers) % spec["levels"] + spec["low"]
+    codes = codes.view(-1)[: rows * columns].view(rows, columns)
+    return codes * steps(spec, tensors["row"], tensors["column"])
+
+
+def steps(spec: Spec, row: Tensor, column: Tensor) -> Tensor:
+    """float32 [out, in] of rows uint8 [out] and columns uint8 [in], eighths of doublings."""
+    exponents = (row.float() - 128)[:, None] + (column.float() - 128)
+    return spec["step"] * torch.exp2(exponents / 8)
+
+
 def _nf4(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     """bitsandbytes NF4: two codes a byte (first in the high half), one absmax a block."""
     state = json.loads(bytes(tensors["quant_state"].tolist()).decode())
@@ -155,7 +173,8 @@ def _nf4(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
 
 
 _DECODERS = {"dense": _dense, "sparse": _sparse, "quantized": _quantized, "lowrank": _lowrank,
-             "sum": _sum, "float8": _float8, "int8": _int8, "nf4": _nf4}  # fmt: skip
+             "sum": _sum, "float8": _float8, "int8": _int8, "nf4": _nf4,
+             "coded": _coded}  # fmt: skip
 
 
 class Compressed(nn.Module):

@@ -1,0 +1,170 @@
+"""Entropy-coded rounding that makes up for itself, with steps by what the loss feels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+from compress.compressors.base import PROPAGATE, CalibratedCompressor
+from compress.compressors.quantization.bits import cost
+from compress.compressors.quantization.ecrtn import ECRTN, EntropyCoded
+from compress.compressors.quantization.gptq import round_with_feedback
+from compress.compressors.quantization.steps import Steps, entropy, within
+from compress.moments import Moments
+from compress.problem import LayerProblem
+from compress.weights import Coded, Weight
+
+FLOOR = 0.05  # of the mean: the least that a row counts, seen in the text or not
+SAMPLE = 1 << 18  # weights of a matrix whose entropy tells that of all
+STEPS_A_DOUBLING = 4
+
+
+class ECGPTQ(EntropyCoded, CalibratedCompressor):
+    """Steps where the loss feels them least, GPTQ's feedback, and a Huffman code for the integers.
+
+    An error D costs about ½ tr(F D H Dᵀ) of loss, F the second moment of its gradient at the
+    outputs. Rounded in order with feedback (arXiv 2210.17323) weight (i, j) adds
+    ½ F_ii Δ_ij² / (12 U_jj²), UᵀU = H⁻¹, and takes log₂(1/Δ_ij) bits; so for the bits in all it is
+    best that all add alike: Δ_ij = s·U_jj / √F_ii (reverse water-filling, Cover and Thomas 10.3).
+    ``prepare`` finds the one s of all matrices, tables included, for ``bits`` on average.
+    """
+
+    plans_tables: ClassVar = True
+
+    propagate: float = Field(0.75, ge=0, le=1, description=PROPAGATE)
+
+    _share: dict[str, float] = PrivateAttr(default_factory=dict)  # bits by site, from prepare
+
+    @property
+    def reads_gradients(self) -> bool:
+        return True
+
+    def data_free(self) -> ECRTN:
+        return ECRTN(bits=self.bits)
+
+    def prepare(self, problems: Callable[[], Iterable[LayerProblem]]) -> ECGPTQ:
+        prepared = self.model_copy()
+        prepared._share = share_out((Rate.of(p) for p in problems()), self.bits)
+        return prepared
+
+    def at_site(self, name: str) -> ECGPTQ:
+        return self.model_copy(update={"bits": self._share[name]}) if name in self._share else self
+
+    def best(self, problem: LayerProblem) -> tuple[Weight, str]:
+        """By ``cost``, which says how much each row counts; the relative error does not."""
+        plain = self.data_free()
+        fallback = plain.compress(problem)
+        if problem.moments is None and problem.table is None:
+            return fallback, plain.name
+        weight = super(CalibratedCompressor, self).compress(problem)
+        if cost(problem, fallback) < cost(problem, weight):
+            return fallback, plain.name
+        return weight, self.name
+
+    def solve(self, problem: LayerProblem) -> Coded:
+        T, rows, moments = problem.target, importance(problem), metric(problem)
+        columns = column_steps(moments)
+
+        def make(factor: float) -> Coded:
+            steps = Steps.of(factor / rows.sqrt(), columns)
+            return steps.coded(round_with_feedback(T, steps, moments), problem.dtype)
+
+        spread = (T * rows.sqrt()[:, None] / columns).square().mean().sqrt()
+        start = 4 * float(spread) * 2.0**-self.bits
+        return within(make, start, self.predict(problem.weight.shape, problem.dtype))
+
+
+def importance(problem: LayerProblem) -> Tensor:
+    """float32 [out]: F_ii, how much the loss feels an error of each output; positive."""
+    table = problem.table
+    if problem.gradients is not None:
+        F = problem.gradients.H.diagonal()
+    elif table is not None:
+        F = torch.zeros(problem.weight.shape[0])
+        if table.lookups is not None and table.found is not None:
+            F = F + table.lookups * table.found.diagonal().mean()
+        if table.logits is not None:
+            F = F + table.logits * problem.H_diag.mean()
+    else:
+        F = torch.full((problem.weight.shape[0],), max(problem.energy, 1e-30) ** -0.5)
+    return F + FLOOR * F.mean().clamp(min=1e-30)
+
+
+def metric(problem: LayerProblem) -> Moments:
+    """What stands for H: of a table the mean of what its rows are to the loss, per unit of F."""
+    table = problem.table
+    if table is None or problem.gradients is not None:
+        return problem.moments or Moments(torch.eye(problem.weight.shape[1]))
+    H = torch.zeros(problem.weight.shape[1], problem.weight.shape[1])
+    if table.lookups is not None and table.found is not None:
+        H += table.lookups.mean() * table.found
+    if table.logits is not None and problem.H is not None:
+        H += table.logits.mean() * problem.H
+    return Moments(H / H.diagonal().mean().clamp(min=1e-30))
+
+
+def column_steps(moments: Moments) -> Tensor:
+    """float32 [in]: U_jj, what is left of an input's spread once those before it are known."""
+    order, U = moments.inverse_factor()
+    return U.diagonal()[order.argsort()]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Bits a weight of one matrix, by the number of quarter doublings of s."""
+
+    name: str
+    count: int
+    bits: dict[int, float]
+
+    @classmethod
+    def of(cls, problem: LayerProblem) -> Rate:
+        rows = importance(problem)
+        unit = problem.target * rows.sqrt()[:, None] / column_steps(metric(problem))
+        flat = unit.flatten()
+        flat = flat[:: -(-len(flat) // SAMPLE)]
+        middle = STEPS_A_DOUBLING * float(flat.square().mean().sqrt().clamp(min=1e-30).log2())
+        bits = {}
+        for t in range(round(middle) - 6 * STEPS_A_DOUBLING, round(middle) + 3 * STEPS_A_DOUBLING):
+            codes = (flat / 2 ** (t / STEPS_A_DOUBLING)).round_().clamp_(-ZERO_REACH, ZERO_REACH)
+            bits[t] = entropy(codes)
+        return cls(problem.name, problem.weight.shape[0] * problem.weight.shape[1], bits)
+
+    def at(self, t: float) -> float:
+        """Bits for s = 2^(t/4), between the known ones in proportion."""
+        low, high = min(self.bits), max(self.bits)
+        t = min(max(t, low), high)
+        below = int(t // 1)
+        if below == high:
+            return self.bits[high]
+        return self.bits[below] + (t - below) * (self.bits[below + 1] - self.bits[below])
+
+
+ZERO_REACH = 127
+LEAST, MOST = 1.0, 6.0
+
+
+def share_out(rates: Iterable[Rate], average: float) -> dict[str, float]:
+    """Bits of every matrix at the one s for which they come to ``average``."""
+    known = list(rates)
+    low, high = min(min(r.bits) for r in known), max(max(r.bits) for r in known)
+    whole = sum(r.count for r in known)
+
+    def bits(rate: Rate, t: float) -> float:
+        return min(max(rate.at(t), LEAST), MOST)
+
+    a, b = float(low), float(high)
+    for _ in range(50):
+        t = (a + b) / 2
+        if sum(r.count * bits(r, t) for r in known) > average * whole:
+            a = t
+        else:
+            b = t
+    shares = {r.name: bits(r, b) for r in known}
+    left = average - sum(r.count * shares[r.name] for r in known) / whole
+    return {name: min(share + left, MOST) for name, share in shares.items()}
