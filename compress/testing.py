@@ -34,7 +34,18 @@ from compress.compressors.base import (
 from compress.errors import CompressError
 from compress.problem import LayerProblem, relative_error
 from compress.recipe import Stage
-from compress.weights import NF4, Dense, Float8, Int8, LowRank, Quantized, Sparse, Sum, Weight
+from compress.weights import (
+    NF4,
+    Coded,
+    Dense,
+    Float8,
+    Int8,
+    LowRank,
+    Quantized,
+    Sparse,
+    Sum,
+    Weight,
+)
 
 SLACK, HEADER = 1.03, 256  # stored bytes may exceed the prediction by 3% and by this many bytes
 
@@ -270,6 +281,9 @@ def starting_weight(kind: str) -> Weight:
         "quantized": lambda: packed,
         "lowrank": lambda: factors,
         "sum": lambda: Sum.of(packed, factors),
+        "coded": lambda: Coded.of(
+            codes, torch.full((96,), 130).byte(), torch.full((128,), 120).byte(), 0.01, dtype
+        ),
         "float8": lambda: Float8.of(matrix, scale[:, :1], dtype),
         "int8": lambda: Int8.of(matrix, dtype),
         "nf4": lambda: NF4.of(matrix, dtype, block=64, double_quant=False),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -14,14 +13,13 @@ from compress.compressors.base import PROPAGATE, CalibratedCompressor
 from compress.compressors.quantization.bits import cost
 from compress.compressors.quantization.ecrtn import ECRTN, EntropyCoded
 from compress.compressors.quantization.gptq import round_with_feedback
-from compress.compressors.quantization.steps import Steps, entropy, within
+from compress.compressors.quantization.rates import Rate, share_out
+from compress.compressors.quantization.steps import Steps, within
 from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.weights import Coded, Weight
 
 FLOOR = 0.05  # of the mean: the least that a row counts, seen in the text or not
-SAMPLE = 1 << 18  # weights of a matrix whose entropy tells that of all
-STEPS_A_DOUBLING = 4
 
 
 class ECGPTQ(EntropyCoded, CalibratedCompressor):
@@ -49,7 +47,8 @@ class ECGPTQ(EntropyCoded, CalibratedCompressor):
 
     def prepare(self, problems: Callable[[], Iterable[LayerProblem]]) -> ECGPTQ:
         prepared = self.model_copy()
-        prepared._share = share_out((Rate.of(p) for p in problems()), self.bits)
+        rates = (Rate.of(p.name, in_steps(p)) for p in problems())
+        prepared._share = share_out(rates, self.bits)
         return prepared
 
     def at_site(self, name: str) -> ECGPTQ:
@@ -74,8 +73,7 @@ class ECGPTQ(EntropyCoded, CalibratedCompressor):
             steps = Steps.of(factor / rows.sqrt(), columns)
             return steps.coded(round_with_feedback(T, steps, moments), problem.dtype)
 
-        spread = (T * rows.sqrt()[:, None] / columns).square().mean().sqrt()
-        start = 4 * float(spread) * 2.0**-self.bits
+        start = 4 * float(in_steps(problem).square().mean().sqrt()) * 2.0**-self.bits
         return within(make, start, self.predict(problem.weight.shape, problem.dtype))
 
 
@@ -108,63 +106,13 @@ def metric(problem: LayerProblem) -> Moments:
     return Moments(H / H.diagonal().mean().clamp(min=1e-30))
 
 
+def in_steps(problem: LayerProblem) -> Tensor:
+    """float32 [out, in]: the weights that are wanted, in steps for s = 1."""
+    rows, columns = importance(problem), column_steps(metric(problem))
+    return problem.target * rows.sqrt()[:, None] / columns
+
+
 def column_steps(moments: Moments) -> Tensor:
     """float32 [in]: U_jj, what is left of an input's spread once those before it are known."""
     order, U = moments.inverse_factor()
     return U.diagonal()[order.argsort()]
-
-
-@dataclass(frozen=True)
-class Rate:
-    """Bits a weight of one matrix, by the number of quarter doublings of s."""
-
-    name: str
-    count: int
-    bits: dict[int, float]
-
-    @classmethod
-    def of(cls, problem: LayerProblem) -> Rate:
-        rows = importance(problem)
-        unit = problem.target * rows.sqrt()[:, None] / column_steps(metric(problem))
-        flat = unit.flatten()
-        flat = flat[:: -(-len(flat) // SAMPLE)]
-        middle = STEPS_A_DOUBLING * float(flat.square().mean().sqrt().clamp(min=1e-30).log2())
-        bits = {}
-        for t in range(round(middle) - 6 * STEPS_A_DOUBLING, round(middle) + 3 * STEPS_A_DOUBLING):
-            codes = (flat / 2 ** (t / STEPS_A_DOUBLING)).round_().clamp_(-ZERO_REACH, ZERO_REACH)
-            bits[t] = entropy(codes)
-        return cls(problem.name, problem.weight.shape[0] * problem.weight.shape[1], bits)
-
-    def at(self, t: float) -> float:
-        """Bits for s = 2^(t/4), between the known ones in proportion."""
-        low, high = min(self.bits), max(self.bits)
-        t = min(max(t, low), high)
-        below = int(t // 1)
-        if below == high:
-            return self.bits[high]
-        return self.bits[below] + (t - below) * (self.bits[below + 1] - self.bits[below])
-
-
-ZERO_REACH = 127
-LEAST, MOST = 1.0, 6.0
-
-
-def share_out(rates: Iterable[Rate], average: float) -> dict[str, float]:
-    """Bits of every matrix at the one s for which they come to ``average``."""
-    known = list(rates)
-    low, high = min(min(r.bits) for r in known), max(max(r.bits) for r in known)
-    whole = sum(r.count for r in known)
-
-    def bits(rate: Rate, t: float) -> float:
-        return min(max(rate.at(t), LEAST), MOST)
-
-    a, b = float(low), float(high)
-    for _ in range(50):
-        t = (a + b) / 2
-        if sum(r.count * bits(r, t) for r in known) > average * whole:
-            a = t
-        else:
-            b = t
-    shares = {r.name: bits(r, b) for r in known}
-    left = average - sum(r.count * shares[r.name] for r in known) / whole
-    return {name: min(share + left, MOST) for name, share in shares.items()}

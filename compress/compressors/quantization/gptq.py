@@ -13,6 +13,7 @@ from compress.compressors.base import PROPAGATE, CalibratedCompressor
 from compress.compressors.quantization.grid import Grid
 from compress.compressors.quantization.packed import PackedIntegers
 from compress.compressors.quantization.rtn import RTN
+from compress.compressors.quantization.steps import Steps
 from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.weights import Quantized, Weight
@@ -65,7 +66,7 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
 
 
 def round_with_feedback(
-    T: Tensor, grid: Grid, moments: Moments, keep: Tensor | None = None
+    T: Tensor, grid: Grid | Steps, moments: Moments, keep: Tensor | None = None
 ) -> Tensor:
     """Codes uint8 [out, in] of GPTQ: each rounding error is spread over the inputs to come.
 
