@@ -23,9 +23,9 @@ LAYERS = (
     "errors", "memory", "offload", "distributed", "events", "weights", "anatomy", "moments",
     "problem", "store", "data", "objective", "sharded", "training", "compressors", "registry",
     "recipe", "source", "shape", "blockwise", "assemble", "formats", "checkpoint", "stored",
-    "calibration", "sensitivity", "layerwise", "preflight", "plain_load", "writer",
-    "workdir", "verify", "wiring", "heads", "rotation", "transform", "narrowing", "shortening", "structure", "run", "plan", "api",
-    "testing", "arguments", "display", "hub", "plan_command", "cli",
+    "calibration", "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir",
+    "verify", "wiring", "heads", "rotation", "transform", "narrowing", "shortening", "structure",
+    "run", "plan", "api", "testing", "arguments", "display", "hub", "plan_command", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 
