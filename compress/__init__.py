@@ -25,6 +25,7 @@ _HOME = {
     "Weight": "compress.weights",
     "apply": "compress.api",
     "compressor": "compress.api",
+    "Exporter": "compress.export.base",
     "load": "compress.checkpoint",
     "load_tokenizer": "compress.checkpoint",
     "relative_error": "compress.problem",

@@ -51,6 +51,7 @@ from compress.display import (
     summary,
 )
 from compress.errors import CompressError, RecipeError, did_you_mean
+from compress.export_command import export
 from compress.hub import push
 from compress.plan_command import plan
 from eval.scaling.cli import fit
@@ -271,11 +272,12 @@ def verify(folders: Folders, as_json: Json = False, quiet: Quiet = False) -> Non
 
 @app.command("list")
 def list_all(as_json: Json = False) -> None:
-    """List the compressors and metrics that are installed, plug-ins included."""
+    """List the compressors, exporters and metrics that are installed, plug-ins included."""
     from compress import registry
     from eval import metrics
 
     rows = [("compressor", n, p) for n, p in registry.available().items()]
+    rows += [("exporter", n, p) for n, p in registry.available(registry.EXPORTERS).items()]
     rows += [("metric", n, p) for n, p in metrics.available().items()]
     if as_json:
         for kind, name, point in rows:
@@ -380,8 +382,10 @@ def main() -> None:
         raise
 
 
-COMMANDS = ("run", "apply", "plan", "eval", "report", "fit", "verify", "push", "list", "explain")
-for command in (plan, fit, push):
+COMMANDS = (
+    "run", "apply", "plan", "eval", "report", "fit", "verify", "export", "push", "list", "explain",
+)  # fmt: skip
+for command in (plan, fit, export, push):
     app.command()(command)
 
 if __name__ == "__main__":

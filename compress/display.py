@@ -17,6 +17,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from compress.compressors.base import Compressor
+    from compress.export.base import Exporter
     from compress.plan import Plan
     from compress.preflight import Preflight
     from compress.recipe import Recipe
@@ -99,11 +100,27 @@ def _cell(row: Any) -> str:
 
 
 def listing(rows: list[tuple[str, str, EntryPoint]]) -> None:
-    """Kind, name and entry point of every compressor and metric, a line each."""
+    """Kind, name and entry point of every compressor, exporter and metric, a line each."""
     table = Table("name", "what it does", "from", box=None, header_style="bold", pad_edge=False)
     for kind, name, point in rows:
         line = (point.load().__doc__ or "").strip().splitlines()[0]
         table.add_row(name, line, f"{kind}, {point.dist.name if point.dist else '?'}")
+    Console().print(table)
+
+
+def exports_table(exporters: list[type[Exporter]], as_json: bool) -> None:
+    """Which kinds of weight each format holds, and how; on standard output."""
+    from compress.export.export import KINDS, how
+
+    if as_json:
+        for cls in exporters:
+            print(json.dumps({"name": cls.name, "needs": cls.needs, "holds": cls.holds}))
+        return
+    names = [cls.name for cls in exporters]
+    table = Table("weights", *names, box=None, header_style="bold", pad_edge=False)
+    for kind in KINDS:
+        table.add_row(kind, *(how(cls, kind) or "—" for cls in exporters))
+    table.add_row("needs", *(cls.needs for cls in exporters))
     Console().print(table)
 
 

@@ -130,16 +130,17 @@ def _disk(recipe: Recipe, whole: int, after: int) -> int:
     return after + work + (10 * whole if training else 0) + sum(c.disk() for c in training)
 
 
-def check_output(out: Path, *, overwrite: bool = False) -> None:
-    """Refuse an output that exists or cannot be made.
+def check_output(out: Path, *, overwrite: bool = False, file: bool = False) -> None:
+    """Refuse an output (a folder, or a ``file``) that exists or cannot be made.
 
     Raises:
         CheckpointError: with what to do about it.
     """
     if out.exists() and not overwrite:
         raise CheckpointError(f"{out} exists already; give another --out, or --overwrite")
-    if out.exists() and not out.is_dir():
-        raise CheckpointError(f"{out} is a file; --out names a folder")
+    if out.exists() and out.is_dir() == file:
+        kinds = ("file", "folder")
+        raise CheckpointError(f"{out} is a {kinds[file]}; --out names a {kinds[not file]}")
     parent = out.absolute().parent
     while not parent.exists():
         parent = parent.parent

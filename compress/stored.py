@@ -51,10 +51,22 @@ class Stored(Source):
         if "compressed_sites" not in raw:
             config = read_config(self.folder)
             return config, model_class(config, self.folder)
-        raw["model_type"] = raw["model_type"].removeprefix(CUSTOM)
-        raw["architectures"] = [n.removeprefix("Compressed") for n in raw["architectures"]]
+        _plainly_named(raw)
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
         return config, getattr(transformers, raw["architectures"][0])
+
+    def plain_config(self) -> dict[str, Any]:
+        """config.json as it was before compression, but for the changes of shape."""
+        raw = read_json(self.folder / "config.json")
+        if "compressed_sites" in raw:
+            _plainly_named(raw)
+        gone = ("quantization_config", "compressed_sites", "auto_map")
+        return {key: value for key, value in raw.items() if key not in gone}
+
+    @cached_property
+    def specs(self) -> dict[str, dict[str, Any]]:
+        """How each site's weight is stored, by the site's name; reads all of them once."""
+        return {site.name: self.weight(site).spec for site in self.anatomy.sites}
 
     def _check_buffer(self, name: str) -> None:
         """What has no tensor of its name is a site that is stored otherwise, or a buffer."""
@@ -209,3 +221,9 @@ class Stored(Source):
                 scaled = B.float() * (alpha / rank)
                 found[site.name] = LowRank.of(scaled, A.float(), self._dtype)
         return found
+
+
+def _plainly_named(raw: dict[str, Any]) -> None:
+    """In a config.json, the names of the architecture that our modelling file builds on."""
+    raw["model_type"] = raw["model_type"].removeprefix(CUSTOM)
+    raw["architectures"] = [n.removeprefix("Compressed") for n in raw["architectures"]]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress import plain_load
 from compress.checkpoint import RECORD, record
@@ -166,11 +167,11 @@ def tolerance(info: dict[str, Any]) -> float:
     return max(TOLERANCE[dtype], TOLERANCE["bfloat16"] if rounds else 0)
 
 
-def relative_difference(a: list[float], b: list[float]) -> float:
+def relative_difference(a: list[float] | Tensor, b: list[float] | Tensor) -> float:
     """‖a − b‖ / ‖b‖, infinite when the lengths differ or something is not a number."""
     if len(a) != len(b):
         return math.inf
-    x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+    x, y = torch.as_tensor(a, dtype=torch.float64), torch.as_tensor(b, dtype=torch.float64)
     value = ((x - y).norm() / y.norm().clamp(min=1e-12)).item()
     return math.inf if math.isnan(value) else value
 

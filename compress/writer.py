@@ -239,7 +239,7 @@ def copy_companions(source: Path, target: Path) -> None:
 
 def publish(draft: Path, out: Path) -> None:
     """Make ``draft`` appear as ``out``, whole: sync every file, then rename."""
-    for path in sorted(draft.rglob("*")):
+    for path in [draft, *sorted(draft.rglob("*"))]:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())

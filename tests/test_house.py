@@ -25,7 +25,8 @@ LAYERS = (
     "recipe", "source", "shape", "blockwise", "assemble", "formats", "checkpoint", "stored",
     "calibration", "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir",
     "verify", "wiring", "heads", "rotation", "transform", "narrowing", "shortening", "structure",
-    "run", "plan", "api", "testing", "arguments", "display", "hub", "plan_command", "cli",
+    "run", "plan", "export", "api", "testing", "arguments", "display", "hub", "plan_command",
+    "export_command", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 
