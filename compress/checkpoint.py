@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from compress import gguf_file
 from compress.errors import CheckpointError, ModelError
 from compress.formats import CUSTOM, compressed_class
 from compress.source import digest, model_class, read_config, resolve
@@ -26,6 +27,8 @@ def load(
 ) -> PreTrainedModel:
     """The model in a checkpoint folder, in eval mode: ours, any Hugging Face folder, or ``demo``.
 
+    A GGUF file, or a folder that holds nothing else, is unpacked by transformers.
+
     Folders with our modelling file load through this library's own copy of it, without running
     code from the folder. Packed integers are unpacked at once, not at the first forward pass.
 
@@ -33,18 +36,27 @@ def load(
         ModelError: not a model folder. CheckpointError: tensors are missing or do not fit.
     """
     folder = resolve(path)
-    method, cls, config = _classes(folder, trust_remote_code)
+    file = gguf_file.find(folder)
+    if file is not None:
+        method, cls, config = "gguf", transformers.AutoModelForCausalLM, None
+    else:
+        method, cls, config = _classes(folder, trust_remote_code)
     try:
         with _quiet():
-            model, info = cls.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype or "auto",
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            )
+            if file is not None:
+                model, info = gguf_file.load(file, dtype)
+            else:
+                model, info = cls.from_pretrained(
+                    folder,
+                    config=config,
+                    dtype=dtype or "auto",
+                    output_loading_info=True,
+                    trust_remote_code=trust_remote_code,
+                )
             if method == "compressed-tensors" and not config.quantization_config.get("dequantize"):
                 model.hf_quantizer.compressor.decompress_model(model)
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(
             f"{folder}: does not load as {cls.__name__}: {_last(error)}"
@@ -108,8 +120,9 @@ def keep_bitsandbytes_unpacked(model: torch.nn.Module) -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any | None:
-    """The tokenizer of a checkpoint folder, or None when it has none."""
+    """The tokenizer of a checkpoint folder or a GGUF file, or None when it has none."""
     folder = resolve(path)
+    file = gguf_file.find(folder)
     names = (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -118,9 +131,11 @@ def load_tokenizer(path: str | Path) -> Any | None:
         "spiece.model",
         "tokenizer.model",
     )
-    if not any((folder / name).exists() for name in names):
+    if file is None and not any((folder / name).exists() for name in names):
         return None
     try:
+        if file is not None:
+            return gguf_file.tokenizer(file)
         raw = json.loads((folder / "config.json").read_text())
         kind = raw.get("model_type", "").removeprefix(CUSTOM)
         config = CONFIG_MAPPING[kind]() if "compressed_sites" in raw else None
@@ -130,13 +145,17 @@ def load_tokenizer(path: str | Path) -> Any | None:
 
 
 def fingerprint(path: str | Path) -> str:
-    """The ``digest`` of a model folder that may be compressed."""
+    """The ``digest`` of a model folder that may be compressed, or of a GGUF file."""
     folder = resolve(path)
-    return digest(folder, sorted(folder.glob("*.safetensors")))
+    file = gguf_file.find(folder)
+    return digest(folder, [file] if file else sorted(folder.glob("*.safetensors")))
 
 
 def record(path: str | Path) -> dict[str, Any]:
     """What ``compression.json`` of a folder says; empty for folders without one."""
+    file = None if str(path) == "demo" else gguf_file.find(path)
+    if file is not None:
+        return gguf_file.record(file)
     if str(path) == "demo" or not (Path(path) / RECORD).is_file():
         return {}
     try:

@@ -40,11 +40,14 @@ COMPANIONS = (
 
 
 def resolve(model: str | Path) -> Path:
-    """The local folder of ``demo``, of a path, or of a hub id (downloaded, safetensors only)."""
+    """The local folder of ``demo``, of a path, or of a hub id (downloaded, safetensors only).
+
+    A GGUF file is its own.
+    """
     if str(model) == "demo":
         return DEMO
     path = Path(model).expanduser()
-    if path.is_dir():
+    if path.is_dir() or (path.suffix == ".gguf" and path.is_file()):
         return path
     if path.exists() or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
         raise ModelError(f"{model}: no such model folder")
@@ -105,7 +108,8 @@ def model_class(config: PretrainedConfig, folder: Path | str) -> type[Any]:
 
 def digest(folder: Path, files: Iterable[Path]) -> str:
     """SHA-256 over the config of a model folder and its weight ``files``, 16 hex digits."""
-    found = hashlib.sha256((folder / "config.json").read_bytes())
+    config = folder / "config.json"
+    found = hashlib.sha256(config.read_bytes() if config.is_file() else b"")
     for file in files:
         with file.open("rb") as stream:
             while chunk := stream.read(1 << 22):

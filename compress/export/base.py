@@ -16,9 +16,10 @@ from compress.plain_load import make_inputs
 from compress.stored import Stored
 from compress.verify import probe_inputs
 
-Held = Literal["exactly", "expanded", "rounded again"]
-"""How a format holds a weight: the same numbers in as few bits; the same numbers as a plain matrix
-(but for the 16 bits of its entries); other numbers, on a grid of the format's own."""
+Held = Literal["exactly", "nearly", "expanded", "rounded again"]
+"""How a format holds a weight: the same numbers, packed as they were; the same integers, scales or
+minima rounded to 16 bits; as a plain matrix, its entries rounded to the model's dtype; on another
+grid, that of the format."""
 
 
 class Exporter(BaseModel, ABC):

@@ -1,0 +1,68 @@
+"""A GGUF file as a checkpoint: found, loaded by transformers, and asked how it was made."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CheckpointError
+
+RECORD = "compresskit.record"  # our key in a file's metadata: parts of compression.json
+
+
+def find(path: str | Path) -> Path | None:
+    """The file that ``path`` is, or the only one of a folder without config.json."""
+    place = Path(path).expanduser()
+    if place.suffix == ".gguf" and place.is_file():
+        return place
+    files = list(place.glob("*.gguf"))
+    return files[0] if len(files) == 1 and not (place / "config.json").exists() else None
+
+
+def load(file: Path, dtype: Any) -> tuple[Any, dict[str, Any]]:
+    """The dense model that transformers makes of the file, and what it says of loading it.
+
+    Raises:
+        CheckpointError: the gguf package is missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    required()
+    return AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=dtype or "auto", output_loading_info=True
+    )
+
+
+def tokenizer(file: Path) -> Any:
+    """The tokenizer that transformers makes of the file's metadata."""
+    from transformers import AutoTokenizer
+
+    required()
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def config(file: Path) -> dict[str, Any]:
+    """What transformers reads in the file's metadata, as the entries of a config.json."""
+    from transformers import AutoConfig
+
+    required()
+    found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
+    found["architectures"] = found.get("architectures") or ["ModelForCausalLM"]
+    return found
+
+
+def record(file: Path) -> dict[str, Any]:
+    """What our exporter wrote of the model's making; empty for files of others."""
+    if find_spec("gguf") is None:
+        return {}
+    from gguf import GGUFReader
+
+    field = GGUFReader(file).fields.get(RECORD)
+    return {} if field is None else json.loads(field.contents())
+
+
+def required() -> None:
+    if find_spec("gguf") is None:
+        raise CheckpointError("GGUF files are read by gguf: pip install 'compresskit[gguf]'")
