@@ -12,11 +12,10 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress import gguf_file
 from compress.errors import CheckpointError, ModelError
-from compress.formats import CUSTOM, compressed_class
+from compress.formats import compressed_class, plain_classes
 from compress.source import digest, model_class, read_config, resolve
 
 RECORD = "compression.json"
@@ -36,27 +35,19 @@ def load(
         ModelError: not a model folder. CheckpointError: tensors are missing or do not fit.
     """
     folder = resolve(path)
-    file = gguf_file.find(folder)
-    if file is not None:
-        method, cls, config = "gguf", transformers.AutoModelForCausalLM, None
-    else:
-        method, cls, config = _classes(folder, trust_remote_code)
+    method, cls, described = _classes(folder, trust_remote_code)
     try:
         with _quiet():
-            if file is not None:
-                model, info = gguf_file.load(file, dtype)
-            else:
-                model, info = cls.from_pretrained(
-                    folder,
-                    config=config,
-                    dtype=dtype or "auto",
-                    output_loading_info=True,
-                    trust_remote_code=trust_remote_code,
-                )
-            if method == "compressed-tensors" and not config.quantization_config.get("dequantize"):
-                model.hf_quantizer.compressor.decompress_model(model)
-    except CheckpointError:
-        raise
+            model, info = cls.from_pretrained(
+                folder if folder.is_dir() else folder.parent,
+                **described,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
+            if method == "compressed-tensors":
+                if not described["config"].quantization_config.get("dequantize"):
+                    model.hf_quantizer.compressor.decompress_model(model)
     except Exception as error:
         raise CheckpointError(
             f"{folder}: does not load as {cls.__name__}: {_last(error)}"
@@ -69,8 +60,12 @@ def load(
     return model.eval()
 
 
-def _classes(folder: Path, trust_remote_code: bool) -> tuple[str, Any, Any]:
-    """How the folder is stored, and the model class and config to load it with."""
+def _classes(folder: Path, trust_remote_code: bool) -> tuple[str, Any, dict[str, Any]]:
+    """How the folder is stored, the model class, and what describes the model to it."""
+    file = gguf_file.find(folder)
+    if file is not None:
+        gguf_file.required()
+        return "gguf", transformers.AutoModelForCausalLM, {"gguf_file": file.name}
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())
@@ -79,15 +74,13 @@ def _classes(folder: Path, trust_remote_code: bool) -> tuple[str, Any, Any]:
     except ValueError as error:
         raise ModelError(f"{path}: not JSON ({error})") from error
     if "compressed_sites" in raw:
-        base = CONFIG_MAPPING[raw["model_type"].removeprefix(CUSTOM)]
-        name = raw["architectures"][0].removeprefix("Compressed")
-        cls, config_class = compressed_class(getattr(transformers, name), base)
-        return "modelling file", cls, config_class.from_pretrained(folder)
+        cls, config_class = compressed_class(*plain_classes(raw))
+        return "modelling file", cls, {"config": config_class.from_pretrained(folder)}
     config = read_config(folder, trust_remote_code=trust_remote_code)
     if "auto_map" in raw and trust_remote_code:
-        return "remote code", transformers.AutoModelForCausalLM, config
+        return "remote code", transformers.AutoModelForCausalLM, {"config": config}
     method = (raw.get("quantization_config") or {}).get("quant_method", "dense")
-    return method, model_class(config, folder), config
+    return method, model_class(config, folder), {"config": config}
 
 
 @contextlib.contextmanager
@@ -137,8 +130,7 @@ def load_tokenizer(path: str | Path) -> Any | None:
         if file is not None:
             return gguf_file.tokenizer(file)
         raw = json.loads((folder / "config.json").read_text())
-        kind = raw.get("model_type", "").removeprefix(CUSTOM)
-        config = CONFIG_MAPPING[kind]() if "compressed_sites" in raw else None
+        config = plain_classes(raw)[1]() if "compressed_sites" in raw else None
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{folder}: the tokenizer does not load: {_last(error)}") from error

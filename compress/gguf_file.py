@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: found, loaded by transformers, and asked how it was made."""
+"""A GGUF file as a checkpoint: found, and asked what it holds and how it was made."""
 
 from __future__ import annotations
 
@@ -19,20 +19,6 @@ def find(path: str | Path) -> Path | None:
         return place
     files = list(place.glob("*.gguf"))
     return files[0] if len(files) == 1 and not (place / "config.json").exists() else None
-
-
-def load(file: Path, dtype: Any) -> tuple[Any, dict[str, Any]]:
-    """The dense model that transformers makes of the file, and what it says of loading it.
-
-    Raises:
-        CheckpointError: the gguf package is missing.
-    """
-    from transformers import AutoModelForCausalLM
-
-    required()
-    return AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, dtype=dtype or "auto", output_loading_info=True
-    )
 
 
 def tokenizer(file: Path) -> Any:

@@ -14,14 +14,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.anatomy import Anatomy, Site
 from compress.errors import ModelError
-from compress.formats import CUSTOM
+from compress.formats import plain_classes
 from compress.source import Source, model_class, open_file, read_config, read_json
 from compress.weights import NF4, Dense, Float8, Int8, LowRank, Quantized, Sum, Weight
 from compress.weights.base import spec_of
@@ -51,15 +49,14 @@ class Stored(Source):
         if "compressed_sites" not in raw:
             config = read_config(self.folder)
             return config, model_class(config, self.folder)
-        _plainly_named(raw)
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-        return config, getattr(transformers, raw["architectures"][0])
+        cls, config_class = plain_classes(raw)
+        return config_class.from_dict(_plainly_named(raw)), cls
 
     def plain_config(self) -> dict[str, Any]:
         """config.json as it was before compression, but for the changes of shape."""
         raw = read_json(self.folder / "config.json")
         if "compressed_sites" in raw:
-            _plainly_named(raw)
+            raw = _plainly_named(raw)
         gone = ("quantization_config", "compressed_sites", "auto_map")
         return {key: value for key, value in raw.items() if key not in gone}
 
@@ -223,7 +220,7 @@ class Stored(Source):
         return found
 
 
-def _plainly_named(raw: dict[str, Any]) -> None:
-    """In a config.json, the names of the architecture that our modelling file builds on."""
-    raw["model_type"] = raw["model_type"].removeprefix(CUSTOM)
-    raw["architectures"] = [n.removeprefix("Compressed") for n in raw["architectures"]]
+def _plainly_named(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config.json with the names of the architecture that our modelling file builds on."""
+    cls, config_class = plain_classes(raw)
+    return raw | {"model_type": config_class.model_type, "architectures": [cls.__name__]}

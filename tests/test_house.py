@@ -22,7 +22,8 @@ MODULES = sorted([*LIBRARY, *(ROOT / "eval").rglob("*.py")])
 LAYERS = (
     "errors", "memory", "offload", "distributed", "events", "weights", "anatomy", "moments",
     "problem", "store", "data", "objective", "sharded", "training", "compressors", "registry",
-    "recipe", "source", "shape", "blockwise", "assemble", "formats", "gguf_file", "checkpoint", "stored",
+    "recipe", "source", "shape", "blockwise", "assemble", "formats", "gguf_file", "checkpoint",
+    "stored",
     "calibration", "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir",
     "verify", "wiring", "heads", "rotation", "transform", "narrowing", "shortening", "structure",
     "run", "plan", "export", "api", "testing", "arguments", "display", "hub", "plan_command",

@@ -51,9 +51,9 @@ def carried(weight: Weight) -> Blocks | None:
     low, high = int(signed.min()), int(signed.max())
     per_block = group // BLOCK
     d = scale.float().repeat_interleave(per_block, dim=1)[:, : columns // BLOCK]
-    if -8 <= low and high <= 7:
+    if low >= -8 and high <= 7:
         return _rounded("Q4_0", signed + 8, d)
-    if -16 <= low and high <= 15 and int(codes.max() - codes.min()) > 15:
+    if low >= -16 and high <= 15 and int(codes.max() - codes.min()) > 15:
         return _rounded("Q5_0", signed + 16, d)
     start = int(codes.min())
     span = int(codes.max()) - start
@@ -61,7 +61,7 @@ def carried(weight: Weight) -> Blocks | None:
         least = (start - zero.float()) * scale.float()
         m = least.repeat_interleave(per_block, dim=1)[:, : columns // BLOCK]
         return _rounded("Q4_1" if span <= 15 else "Q5_1", codes - start, d, m)
-    if -128 <= low and high <= 127:
+    if low >= -128 and high <= 127:
         return _rounded("Q8_0", signed, d)
     return None
 
@@ -97,7 +97,7 @@ def _rounded(kind: str, codes: Tensor, d: Tensor, m: Tensor | None = None) -> Bl
 
 
 def _laid_out(kind: str, codes: Tensor, d: Tensor, m: Tensor | None) -> np.ndarray:
-    """uint8 [out, blocks · bytes]; codes [out, in] as the type counts them, d and m [out, blocks]."""
+    """uint8 [out, bytes]; codes [out, in] as the type counts them, d and m [out, blocks]."""
     blocks = codes.reshape(len(codes), -1, BLOCK)
     parts = [x.unsqueeze(-1).contiguous().view(torch.uint8) for x in (d, m) if x is not None]
     if kind == "Q8_0":

@@ -132,6 +132,8 @@ def test_state_dict_round_trip_is_seen_at_once(kind: str) -> None:
         for name, tensor in other.tensors().items():
             if tensor.is_floating_point() and name != "quant_map":
                 tensor.mul_(0.5)
+            if name == "row":  # of entropy-coded integers: eighths of doublings
+                tensor.sub_(8)
     assert "weight" not in ours.state_dict()
     x = inputs("linear")
     first = other(x)

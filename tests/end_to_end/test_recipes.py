@@ -18,6 +18,8 @@ FEW = {"steps": 2, "samples": 8, "length": 16, "batch": 4, "rank": 4}
 
 
 def small(stage: dict[str, Any]) -> dict[str, Any]:
+    if stage["use"] == "depth":
+        stage = stage | {"amount": 0.5}  # of two blocks
     return stage | {key: min(stage[key], value) for key, value in FEW.items() if key in stage}
 
 
