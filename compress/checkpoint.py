@@ -45,9 +45,9 @@ def load(
                 output_loading_info=True,
                 trust_remote_code=trust_remote_code,
             )
-            if method == "compressed-tensors":
-                if not described["config"].quantization_config.get("dequantize"):
-                    model.hf_quantizer.compressor.decompress_model(model)
+            packed = method == "compressed-tensors"
+            if packed and not described["config"].quantization_config.get("dequantize"):
+                model.hf_quantizer.compressor.decompress_model(model)
     except Exception as error:
         raise CheckpointError(
             f"{folder}: does not load as {cls.__name__}: {_last(error)}"
