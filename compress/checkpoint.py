@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ from compress.formats import compressed_class, plain_classes
 from compress.source import digest, model_class, read_config, resolve
 
 RECORD = "compression.json"
+RUNTIMES = {"packed": "compress.runtime.packed", "onnx": "compress.runtime.onnx"}
 
 
 def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    runtime: str = "transformers",
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The model in a checkpoint folder, in eval mode: ours, any Hugging Face folder, or ``demo``.
+
+    ``runtime``: "transformers" unpacks what has no kernel there; "packed" computes with weights as
+    they are stored (``compress.runtime.packed``); "onnx" runs what ``compress export`` wrote.
 
     A GGUF file, or a folder that holds nothing else, is unpacked by transformers.
 
@@ -32,8 +41,15 @@ def load(
     code from the folder. Packed integers are unpacked at once, not at the first forward pass.
 
     Raises:
-        ModelError: not a model folder. CheckpointError: tensors are missing or do not fit.
+        ModelError: not a model folder, or an unknown runtime. CheckpointError: tensors are missing
+            or do not fit.
     """
+    if runtime != "transformers":
+        if runtime not in RUNTIMES:
+            known = ", ".join(("transformers", *RUNTIMES))
+            raise ModelError(f"runtime '{runtime}' is not known; there are {known}")
+        module = import_module(RUNTIMES[runtime])
+        return module.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = resolve(path)
     method, cls, described = _classes(folder, trust_remote_code)
     try:

@@ -23,7 +23,7 @@ LAYERS = (
     "errors", "memory", "offload", "distributed", "events", "weights", "anatomy", "moments",
     "problem", "store", "data", "objective", "sharded", "training", "compressors", "registry",
     "recipe", "source", "shape", "blockwise", "assemble", "formats", "gguf_file", "checkpoint",
-    "stored",
+    "stored", "runtime",
     "calibration", "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir",
     "verify", "wiring", "heads", "rotation", "transform", "narrowing", "shortening", "structure",
     "run", "plan", "export", "api", "testing", "arguments", "display", "hub", "plan_command",

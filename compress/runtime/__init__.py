@@ -1,0 +1,1 @@
+"""Running a compressed folder as it is stored, not unpacked."""

@@ -1,0 +1,157 @@
+"""``runtime="packed"``: a model whose weights stay as they are stored while it runs.
+
+Built without ever holding the dense weights: the architecture on the meta device, then matrix by
+matrix what the folder holds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from compress.anatomy import Site
+from compress.blockwise import put
+from compress.errors import CheckpointError, ModelError
+from compress.memory import give_back
+from compress.runtime.linear import NoKernel, PackedEmbedding, PackedLinear, matrix_of
+from compress.runtime.matrices import DTYPE
+from compress.stored import Stored
+from compress.weights import Weight
+
+TABLES = ("quantized", "int8")  # whose rows can be decoded one by one
+
+
+@dataclass
+class Report:
+    """How each matrix of a packed model is computed (``model.packed_report``)."""
+
+    kernels: dict[str, str] = field(default_factory=dict)  # site → kernel
+    unpacked: dict[str, str] = field(default_factory=dict)  # site → why
+    notes: list[str] = field(default_factory=list)  # what is slower or larger than it might be
+
+    def lines(self) -> list[str]:
+        """For people: counts, reasons, notes."""
+        counts = Counter(self.kernels.values())
+        found = [", ".join(f"{count} × {kernel}" for kernel, count in counts.most_common())]
+        for reason, count in Counter(self.unpacked.values()).items():
+            found.append(f"{count} unpacked, as fast and as large as dense: {reason}")
+        return found + self.notes
+
+
+def load(
+    path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model in a folder, computing with its weights as they are stored.
+
+    With packed integers it computes in bfloat16, whatever the folder's dtype. ``packed_report`` of
+    the model says how each matrix is computed. Saving or training it is not possible. No code of
+    the folder is run.
+
+    Raises:
+        ModelError: not a model folder, a layout that is not known, or another dtype than the
+            kernels'. CheckpointError: tensors are missing.
+    """
+    stored = Stored(path)
+    grids = bool(stored.quantization) or any(
+        kind in ("quantized", "int8")
+        for kind in _kinds(getattr(stored.config, "compressed_sites", {}))
+    )
+    if grids and dtype not in (None, DTYPE):
+        raise ModelError(
+            f"{stored.folder}: packed integers are multiplied in bfloat16; leave dtype away, or "
+            "load with runtime='transformers'"
+        )
+    chosen = dtype or (DTYPE if grids else stored.dtype)
+    model = stored.new_skeleton()
+    model.config.dtype = chosen
+    report = Report()
+    for block in stored.anatomy.blocks:
+        sites = {site.parameter: site for site in block.sites}
+        for name in block.tensors:
+            if name not in sites:
+                tensor = stored.tensor(name)
+                cast = tensor.is_floating_point() and name in stored.there
+                put(model, stored.anatomy, name, tensor.to(chosen) if cast else tensor)
+        for site in block.sites:
+            _place(model, stored, site, chosen, report)
+        give_back()
+    left = [name for name, p in model.named_parameters() if p.device.type == "meta"]
+    if left:
+        raise CheckpointError(f"{stored.folder}: {len(left)} tensors are missing, first {left[0]}")
+    if (stored.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(stored.folder)
+    _annotate(report)
+    model.__dict__["packed_report"] = report
+    return model.requires_grad_(False).eval()
+
+
+def _place(
+    model: nn.Module, stored: Stored, site: Site, dtype: torch.dtype, report: Report
+) -> None:
+    """Put a site's weight into its module, and into those tied to it."""
+    weight = stored.weight(site)
+    names = (site.name, *site.aliases)
+    if weight.kind != "dense":
+        try:
+            _check(model, site, weight)
+            matrix = matrix_of(weight, dtype)
+        except NoKernel as reason:
+            report.unpacked[site.name] = str(reason)
+        else:
+            for name in names:
+                old = model.get_submodule(name)
+                rounding = weight.spec.get("activations")
+                bias = getattr(old, "bias", None)
+                new = (
+                    PackedEmbedding(matrix, dtype)
+                    if isinstance(old, nn.Embedding)
+                    else PackedLinear(matrix, bias, dtype, rounding)
+                )
+                model.set_submodule(name, new)
+            report.kernels[site.name] = matrix.kernel
+            return
+    dense = weight.dense().to(dtype)
+    put(
+        model,
+        stored.anatomy,
+        site.parameter,
+        dense.T.contiguous() if site.layout == "conv1d" else dense,
+    )
+    report.kernels[site.name] = "dense"
+
+
+def _check(model: nn.Module, site: Site, weight: Weight) -> None:
+    for name in (site.name, *site.aliases):
+        kind = type(model.get_submodule(name))
+        if kind not in (nn.Linear, nn.Embedding, Conv1D):
+            raise NoKernel(f"{kind.__name__} computes in a way of its own")
+        if kind is nn.Embedding and weight.kind not in TABLES:
+            raise NoKernel(f"rows of a table are not looked up in {weight.kind}")
+
+
+def _kinds(spec: Any) -> Iterator[str]:
+    """Every ``kind`` in specs, however deep."""
+    if isinstance(spec, dict):
+        if isinstance(spec.get("kind"), str):
+            yield spec["kind"]
+        for value in spec.values():
+            yield from _kinds(value)
+    elif isinstance(spec, list):
+        for value in spec:
+            yield from _kinds(value)
+
+
+def _annotate(report: Report) -> None:
+    kernels = " ".join(report.kernels.values())
+    if "int4" in kernels or "int8" in kernels:
+        report.notes.append(
+            "computes in bfloat16; batches of 5 to a few hundred tokens take longer than dense"
+        )
