@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from compress.runtime.matrices import Int4, Int8, Matrix, block_rows, kernel_group
 from compress.weights import Int8 as StoredInt8
-from compress.weights import LowRank, Quantized, Sparse, Sum, Weight
+from compress.weights import LowRank, Quantized, Sum, Weight
 from compress.weights.modeling_compressed import round_tokens, unpack_codes, zero_points
 
 DENSITY = 0.25  # above it CSR takes more bytes than the matrix, and little less time
@@ -106,14 +106,14 @@ def matrix_of(weight: Weight, dtype: torch.dtype) -> Matrix:
         return Factors(matrix_of(weight.left, dtype), matrix_of(weight.right, dtype))
     if isinstance(weight, Sum):
         return Added([matrix_of(term, dtype) for term in weight.terms])
-    if (
-        isinstance(weight, Sparse)
-        and weight.parameters <= DENSITY * weight.shape[0] * weight.shape[1]
-    ):
-        return Csr(weight.dense())
     if weight.kind in ("dense", "sparse"):
-        return Plain(weight.dense().to(dtype))
+        dense = weight.dense()
+        return Csr(dense) if mostly_zeros(dense) else Plain(dense.to(dtype))
     raise NoKernel(f"torch has no kernel for {weight.kind}")
+
+
+def mostly_zeros(dense: Tensor) -> bool:
+    return int(dense.count_nonzero()) <= DENSITY * dense.numel()
 
 
 def _integers(weight: Quantized) -> Matrix:

@@ -21,7 +21,7 @@ from compress.anatomy import Site
 from compress.blockwise import put
 from compress.errors import CheckpointError, ModelError
 from compress.memory import give_back
-from compress.runtime.linear import NoKernel, PackedEmbedding, PackedLinear, matrix_of
+from compress.runtime.linear import NoKernel, PackedEmbedding, PackedLinear, matrix_of, mostly_zeros
 from compress.runtime.matrices import DTYPE
 from compress.stored import Stored
 from compress.weights import Weight
@@ -99,7 +99,8 @@ def _place(
     """Put a site's weight into its module, and into those tied to it."""
     weight = stored.weight(site)
     names = (site.name, *site.aliases)
-    if weight.kind != "dense":
+    dense = weight.dense() if weight.kind in ("dense", "sparse") else None
+    if dense is None or (site.layout != "embedding" and mostly_zeros(dense)):
         try:
             _check(model, site, weight)
             matrix = matrix_of(weight, dtype)
@@ -118,13 +119,8 @@ def _place(
                 model.set_submodule(name, new)
             report.kernels[site.name] = matrix.kernel
             return
-    dense = weight.dense().to(dtype)
-    put(
-        model,
-        stored.anatomy,
-        site.parameter,
-        dense.T.contiguous() if site.layout == "conv1d" else dense,
-    )
+    dense = (weight.dense() if dense is None else dense).to(dtype)
+    put(model, stored.anatomy, site.parameter, dense.T if site.layout == "conv1d" else dense)
     report.kernels[site.name] = "dense"
 
 

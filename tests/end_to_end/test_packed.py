@@ -25,7 +25,7 @@ FOLDERS: dict[str, tuple[str, set[str], list[dict[str, Any]]]] = {
     "6 bits": ("llama", {"dense", "int4 twice"}, [{"use": "rtn", "bits": 6, "group": 32}]),
     "whole rows": ("llama", {"dense", "int4"}, [{"use": "rtn", "group": "channel"}]),
     "8 bits, whole rows": ("llama", {"dense", "int8"}, [{"use": "rtn", "bits": 8, "group": "channel"}]),
-    "8-bit activations": ("llama", {"dense", "int8"}, [{"use": "w8a8", "activations": 8}]),
+    "8-bit activations": ("llama", {"dense", "int8"}, [{"use": "w8a8"}]),
     "bitsandbytes": ("llama", {"dense", "int8"}, [{"use": "int8"}]),
     "tied table": ("llama", {"int4"}, [{"use": "rtn", **ALL}]),
     "tied table of 8 bits": ("llama", {"int4 twice"}, [{"use": "rtn", "bits": 8, "group": 32, **ALL}]),
@@ -35,6 +35,7 @@ FOLDERS: dict[str, tuple[str, set[str], list[dict[str, Any]]]] = {
         "llama", {"dense", "two products"}, [{"use": "svd", "ratio": 0.5}, {"use": "rtn"}],
     ),
     "sparse": ("llama", {"dense", "csr"}, [{"use": "magnitude", "sparsity": 0.8}]),
+    "many zeros": ("llama", {"dense", "csr"}, [{"use": "magnitude", "sparsity": 0.8}]),
     "half of it zeros": ("llama", {"dense"}, [{"use": "magnitude"}]),
     "no kernel": ("llama", {"dense"}, [{"use": "nf4"}]),
     "residual": ("llama", {"dense", "int4 + two products"}, [{"use": "rtn", "bits": 3}, {"use": "residual", "rank": 4}]),
@@ -49,15 +50,20 @@ def test_logits_are_those_of_the_unpacked_model(
 ) -> None:
     family, kernels, stages = FOLDERS[name]
     changes = {"tie_word_embeddings": True} if "tied" in name else {}
-    folder = apply(source(family, **changes), stages, name.replace(" ", "-"))
+    folder = apply(source(family, **changes), stages, storage="compact" if name == "sparse" else "plain")
     model = load(folder, runtime="packed")
     assert set(model.packed_report.kernels.values()) == kernels
     assert bool(model.packed_report.unpacked) == (name == "no kernel")
-    expected = load(folder, dtype=torch.float32)
+    exact, plain = (load(folder, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
     for tokens in (torch.arange(6).view(2, 3) + 5, torch.arange(48)[None] + 9):  # few and many
         inputs = {"input_ids": tokens}
         if family == "t5":
             inputs["decoder_input_ids"] = tokens
         with torch.inference_mode():
-            found, right = model(**inputs).logits.float(), expected(**inputs).logits
-        assert (found - right).norm() <= 0.03 * right.norm()
+            found, right, rounded = (
+                each(**inputs).logits.float() for each in (model, exact, plain)
+            )
+        noise = (rounded - right).norm()  # of computing in bfloat16: a model of random weights
+        if name in ("bitsandbytes", "no kernel"):  # these load in one dtype only
+            noise = 0.04 * right.norm()
+        assert (found - right).norm() <= 1.3 * noise + 5e-3 * right.norm()
