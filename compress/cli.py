@@ -52,8 +52,10 @@ from compress.display import (
 )
 from compress.errors import CompressError, RecipeError, did_you_mean
 from compress.export_command import export
+from compress.generate_command import generate
 from compress.hub import push
 from compress.plan_command import plan
+from compress.serve_command import serve
 from eval.scaling.cli import fit
 
 if TYPE_CHECKING:
@@ -383,9 +385,10 @@ def main() -> None:
 
 
 COMMANDS = (
-    "run", "apply", "plan", "eval", "report", "fit", "verify", "export", "push", "list", "explain",
+    "run", "apply", "plan", "eval", "report", "fit", "verify", "export", "generate", "serve",
+    "push", "list", "explain",
 )  # fmt: skip
-for command in (plan, fit, export, push):
+for command in (plan, fit, export, generate, serve, push):
     app.command()(command)
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ LAYERS = (
     "calibration", "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir",
     "verify", "wiring", "heads", "rotation", "transform", "narrowing", "shortening", "structure",
     "run", "plan", "export", "api", "testing", "arguments", "display", "hub", "plan_command",
-    "export_command", "cli",
+    "export_command", "generate_command", "serve_command", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 

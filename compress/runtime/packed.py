@@ -23,10 +23,12 @@ from compress.errors import CheckpointError, ModelError
 from compress.memory import give_back
 from compress.runtime.linear import NoKernel, PackedEmbedding, PackedLinear, matrix_of, mostly_zeros
 from compress.runtime.matrices import DTYPE
+from compress.source import read_json
 from compress.stored import Stored
 from compress.weights import Weight
 
-TABLES = ("quantized", "int8")  # whose rows can be decoded one by one
+GRIDS = ("quantized", "int8")  # integers for which there are kernels; rows of tables, too
+KERNELS = (*GRIDS, "lowrank", "sparse")
 
 
 @dataclass
@@ -60,10 +62,7 @@ def load(
             kernels'. CheckpointError: tensors are missing.
     """
     stored = Stored(path)
-    grids = bool(stored.quantization) or any(
-        kind in ("quantized", "int8")
-        for kind in _kinds(getattr(stored.config, "compressed_sites", {}))
-    )
+    grids = bool(kinds(stored.folder) & set(GRIDS))
     if grids and dtype not in (None, DTYPE):
         raise ModelError(
             f"{stored.folder}: packed integers are multiplied in bfloat16; leave dtype away, or "
@@ -129,20 +128,31 @@ def _check(model: nn.Module, site: Site, weight: Weight) -> None:
         kind = type(model.get_submodule(name))
         if kind not in (nn.Linear, nn.Embedding, Conv1D):
             raise NoKernel(f"{kind.__name__} computes in a way of its own")
-        if kind is nn.Embedding and weight.kind not in TABLES:
+        if kind is nn.Embedding and weight.kind not in GRIDS:
             raise NoKernel(f"rows of a table are not looked up in {weight.kind}")
 
 
-def _kinds(spec: Any) -> Iterator[str]:
+def kinds(folder: Path) -> set[str]:
+    """The kinds of weight that config.json tells of; no weight is read."""
+    raw = read_json(folder / "config.json")
+    found = set(_named(raw.get("compressed_sites", {})))
+    quantization = raw.get("quantization_config") or {}
+    for group in quantization.get("config_groups", {}).values():
+        found.add("quantized" if group["weights"]["type"] == "int" else "float8")
+    if quantization.get("quant_method") == "bitsandbytes":
+        found.add("int8" if quantization.get("load_in_8bit") else "nf4")
+    return found
+
+
+def _named(spec: Any) -> Iterator[str]:
     """Every ``kind`` in specs, however deep."""
     if isinstance(spec, dict):
         if isinstance(spec.get("kind"), str):
             yield spec["kind"]
-        for value in spec.values():
-            yield from _kinds(value)
-    elif isinstance(spec, list):
+        spec = list(spec.values())
+    if isinstance(spec, list):
         for value in spec:
-            yield from _kinds(value)
+            yield from _named(value)
 
 
 def _annotate(report: Report) -> None:

@@ -73,7 +73,8 @@ def make_folders(home: Path, width: int, blocks: int, wanted: set[str]) -> int:
     )  # fmt: skip
     torch.manual_seed(0)
     block = home / "block"
-    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(block)
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(block)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, block)
     parameters = repeat(block, home / "dense", blocks)
@@ -226,7 +227,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.child:
         task, home = json.loads(options.child[0]), Path(options.child[1])
-        do = {"compare": compare, "memory": memory}[task.pop("do")]
+        do = compare if task.pop("do") == "compare" else memory
         print(json.dumps(do(home, **task)))
         return
     rows = [r for r in ROWS if not options.rows or any(part in r for part in options.rows)]
