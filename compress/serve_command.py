@@ -33,11 +33,14 @@ def serve(
 
     [bold]compress serve ./my-model-int4 --port 8000[/]
     """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     from compress.source import resolve
 
     line = command(resolve(folder), host, port, server, trust_remote_code)
     if not quiet:
         screen.print(f"http://{host}:{port}/v1 by {line[2].partition('.')[0]}; Ctrl-C ends it")
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # transformers lists what is in it
     os.execv(line[0], line)
 
 

@@ -80,7 +80,9 @@ def test_logits_are_those_of_the_unpacked_model(
         assert (found - right).norm() <= 1.3 * noise + 5e-3 * right.norm()
 
 
-def test_dense_weights_never_appear(source: Callable[..., Path], apply: Callable[..., Path]) -> None:
+def test_dense_weights_never_appear(
+    source: Callable[..., Path], apply: Callable[..., Path]
+) -> None:
     """Neither after loading nor after a prompt: the model holds what the folder holds."""
     folder = apply(source("llama", hidden_size=256), [{"use": "rtn", **ALL}])
     model = load(folder, runtime="packed")
