@@ -40,8 +40,19 @@ def serve(
     line = command(resolve(folder), host, port, server, trust_remote_code)
     if not quiet:
         screen.print(f"http://{host}:{port}/v1 by {line[2].partition('.')[0]}; Ctrl-C ends it")
+        if not chats(resolve(folder)):
+            screen.print("it has no chat template: ask /v1/completions, not /v1/chat/completions")
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # transformers lists what is in it
     os.execv(line[0], line)
+
+
+def chats(folder: Path) -> bool:
+    """Whether the tokenizer says how a conversation is written."""
+    from compress.source import read_json
+
+    files = [folder / name for name in ("chat_template.jinja", "chat_template.json")]
+    known = read_json(folder / "tokenizer_config.json").get("chat_template")
+    return bool(known) or any(file.exists() for file in files)
 
 
 def command(

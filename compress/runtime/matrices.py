@@ -107,7 +107,7 @@ class Int4(Matrix):
         self.block, self.group = block, group
         middle = 8 if bits <= 4 else 128
         codes, zero = (t + (middle - (1 << (bits - 1))) for t in (codes, zero))
-        self.symmetric = bits <= 4 and bool((zero == middle).all())
+        self.symmetric = bool((zero == middle).all())
         rows = -codes.shape[0] % block
         codes = pad(codes, (0, self.missing, 0, rows))
         scale, zero = (pad(t.float(), (0, 0, 0, rows)).T for t in (scale, zero))
@@ -156,17 +156,15 @@ class Int4(Matrix):
             if upper:
                 codes = codes.sub_(8).bitwise_left_shift_(4)
                 codes = codes.bitwise_or_(_nibbles(self.plane0[first:last], part))
-            elif self.symmetric:
+            else:
                 codes = codes.sub_(8)
             numbers = codes.to(DTYPE).view(blocks, -1, self.group, half)
             scale, shift = (t[part] for t in scales[0])
             if self.symmetric:
                 torch.mul(numbers, scale, out=view[part])
                 continue
-            if upper:  # code − 128: sixteen upper ones, and the lower as it is, not less 8
+            if upper:  # codes are less 128 here, and less 136 in the sum of planes
                 shift = (shift.float() + scales[1][1][part].float() - 8 * scale.float()).to(DTYPE)
-            else:
-                numbers.sub_(8)
             torch.addcmul(shift, numbers, scale, out=view[part])
         return out
 
