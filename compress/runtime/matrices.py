@@ -7,6 +7,8 @@ a piece at a time into bfloat16, multiplied, and forgotten. All computing is in 
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator
 from functools import cache
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
 GROUPS = (256, 128, 64, 32)  # that the int4 kernel takes
-PIECE = 1_500_000  # numbers decoded at a time: a few MB, which caches hold
+PIECE = 3_000_000  # numbers decoded at a time
 DTYPE = torch.bfloat16
 
 
@@ -78,7 +80,9 @@ class Int8(Matrix):
         return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scale)
 
     def product(self, x: Tensor, start: int, end: int) -> Tensor:
-        return linear(x, self.codes[start:end].to(DTYPE)).mul_(self.scale[start:end])
+        codes = self.codes[start:end]
+        numbers = scratch("out", (codes.shape[0], codes.shape[1]), DTYPE, codes).copy_(codes)
+        return linear(x, numbers).mul_(self.scale[start:end])
 
     def rows(self, ids: Tensor) -> Tensor:
         found = self.codes[ids].to(DTYPE) * self.scale[ids, None]
@@ -144,28 +148,31 @@ class Int4(Matrix):
         return super().pieces(self.block)
 
     def _decoded(self, first: int, last: int) -> Tensor:
-        """Blocks ``first`` to ``last``, transposed: [in, rows]."""
-        half = self.block // 2
+        """Blocks ``first`` to ``last``, transposed: [in, rows], in scratch memory."""
+        half, upper = self.block // 2, self.planes - 1
         blocks, columns = last - first, self.plane0.shape[1]
-        out = torch.empty(columns, blocks * self.block, dtype=DTYPE, device=self.plane0.device)
-        view = out.view(-1, self.group, blocks, 2, half).permute(3, 2, 0, 1, 4)
+        words = [self.get_buffer(f"plane{i}")[first:last] for i in range(self.planes)]
         scales = [self._numbers(i, first, last) for i in range(self.planes)]
-        upper = self.planes - 1
+        out = scratch("out", (columns, blocks * self.block), DTYPE, words[0])
+        view = out.view(-1, self.group, blocks, 2, half).permute(3, 2, 0, 1, 4)
+        codes, low = (
+            scratch(name, (blocks, columns, half), torch.int8, words[0])
+            for name in ("codes", "low")
+        )
+        numbers = scratch("numbers", (blocks, columns, half), DTYPE, words[0])
+        grouped = numbers.view(blocks, -1, self.group, half)
         for part in range(2):  # the low nibbles, then the high ones
-            codes = _nibbles(self.get_buffer(f"plane{upper}")[first:last], part)
+            _nibbles(words[upper], part, codes).sub_(8)
             if upper:
-                codes = codes.sub_(8).bitwise_left_shift_(4)
-                codes = codes.bitwise_or_(_nibbles(self.plane0[first:last], part))
-            else:
-                codes = codes.sub_(8)
-            numbers = codes.to(DTYPE).view(blocks, -1, self.group, half)
+                codes.bitwise_left_shift_(4).bitwise_or_(_nibbles(words[0], part, low))
+            numbers.copy_(codes)
             scale, shift = (t[part] for t in scales[0])
             if self.symmetric:
-                torch.mul(numbers, scale, out=view[part])
+                torch.mul(grouped, scale, out=view[part])
                 continue
             if upper:  # codes are less 128 here, and less 136 in the sum of planes
                 shift = (shift.float() + scales[1][1][part].float() - 8 * scale.float()).to(DTYPE)
-            torch.addcmul(shift, numbers, scale, out=view[part])
+            torch.addcmul(shift, grouped, scale, out=view[part])
         return out
 
     def _numbers(self, plane: int, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -231,6 +238,26 @@ def _laid_out(codes: Tensor, block: int) -> Tensor:
     return out
 
 
-def _nibbles(words: Tensor, part: int) -> Tensor:
-    """int8 in [0, 16): the low nibbles, or the high ones."""
-    return (words >> 4 if part else words & 15).view(torch.int8)
+def _nibbles(words: Tensor, part: int, out: Tensor) -> Tensor:
+    """Put the low nibbles, or the high ones, into int8 ``out``: [0, 16)."""
+    unsigned = out.view(torch.uint8)
+    if part:
+        torch.bitwise_right_shift(words, 4, out=unsigned)
+    else:
+        torch.bitwise_and(words, 15, out=unsigned)
+    return out
+
+
+_kept = threading.local()
+
+
+def scratch(name: str, shape: tuple[int, ...], dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Memory for a piece, kept for the next: fresh pages take as long as decoding into them."""
+    size = math.prod(shape)
+    key = f"{name} {dtype} {like.device}"
+    found = getattr(_kept, key, None)
+    if found is None or found.numel() < size:
+        with torch.inference_mode(False):  # else it could be written in that mode only
+            found = torch.empty(size, dtype=dtype, device=like.device)
+        setattr(_kept, key, found)
+    return found[:size].view(shape)
