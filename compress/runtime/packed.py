@@ -22,7 +22,7 @@ from compress.blockwise import put
 from compress.errors import CheckpointError, ModelError
 from compress.memory import give_back
 from compress.runtime.linear import NoKernel, PackedEmbedding, PackedLinear, matrix_of, mostly_zeros
-from compress.runtime.matrices import DTYPE
+from compress.runtime.matrices import DTYPE, Matrix
 from compress.source import read_json
 from compress.stored import Stored
 from compress.weights import Weight
@@ -87,7 +87,7 @@ def load(
         raise CheckpointError(f"{stored.folder}: {len(left)} tensors are missing, first {left[0]}")
     if (stored.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(stored.folder)
-    _annotate(report)
+    report.notes = _notes(model, grids)
     model.__dict__["packed_report"] = report
     return model.requires_grad_(False).eval()
 
@@ -155,9 +155,6 @@ def _named(spec: Any) -> Iterator[str]:
             yield from _named(value)
 
 
-def _annotate(report: Report) -> None:
-    kernels = " ".join(report.kernels.values())
-    if "int4" in kernels or "int8" in kernels:
-        report.notes.append(
-            "computes in bfloat16; batches of 5 to a few hundred tokens take longer than dense"
-        )
+def _notes(model: nn.Module, grids: bool) -> list[str]:
+    found = (m.note for m in model.modules() if isinstance(m, Matrix) and m.note)
+    return [*(["computes in bfloat16"] if grids else []), *dict.fromkeys(found)]
