@@ -88,8 +88,14 @@ def load(
     if (stored.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(stored.folder)
     report.notes = _notes(model, grids)
-    model.__dict__["packed_report"] = report
+    model.__dict__ |= {"packed_report": report, "save_pretrained": _refuse_to_save}
     return model.requires_grad_(False).eval()
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise ModelError(
+        "a packed model is for running; the folder that it was loaded from is its file"
+    )
 
 
 def _place(

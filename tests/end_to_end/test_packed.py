@@ -108,6 +108,8 @@ def test_what_the_kernels_do_not_compute_is_refused(
     folder = apply(source("llama"), [{"use": "rtn"}])
     with pytest.raises(ModelError, match="bfloat16"):
         load(folder, runtime="packed", dtype=torch.float32)
+    with pytest.raises(ModelError, match="is for running"):
+        load(folder, runtime="packed").save_pretrained(folder / "again")
     with pytest.raises(ModelError, match="there are transformers, packed, onnx"):
         load(folder, runtime="fast")
 
