@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,21 @@ def record(file: Path) -> dict[str, Any]:
 
     field = GGUFReader(file).fields.get(RECORD)
     return {} if field is None else json.loads(field.contents())
+
+
+def tensors(file: Path) -> Counter[str]:
+    """Entries of the file's tensors, by the name of their type.
+
+    Raises:
+        CheckpointError: the gguf package is missing.
+    """
+    required()
+    from gguf import GGUFReader
+
+    found: Counter[str] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        found[tensor.tensor_type.name] += int(tensor.n_elements)
+    return found
 
 
 def required() -> None:
