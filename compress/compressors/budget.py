@@ -4,9 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
+from compress.sizes import parse_size
+
 STEPS = 60  # of the bisection: more than float64 can tell apart
+
+
+class Budget(BaseModel):
+    """What a stage's settings are chosen for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: str = Field(description="of the whole weight file: 30% of the original's, or 300MB")
+
+    @field_validator("size")
+    @classmethod
+    def _a_size(cls, size: str) -> str:
+        parse_size(size, 1e12)
+        return size
 
 
 def allocate(options: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[int]:
@@ -38,6 +56,32 @@ def allocate(options: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[int]
         else:
             low = middle
     return _spend(sizes, errors, chosen, budget - total(chosen))
+
+
+def least_cost(options: Sequence[tuple[Tensor, Tensor]], budget: int) -> float:
+    """A bound: no choice within ``budget`` bytes has a smaller sum of errors (Lagrange's dual).
+
+    max over prices μ ≥ 0 of Σ min (error + μ·bytes) − μ·budget, which is concave in μ.
+    """
+    sizes = [size.double() for size, _ in options]
+    errors = [error.double() for _, error in options]
+    most = max((float(error.max()) for error in errors), default=0.0)
+    prices = torch.logspace(-20, 0.5, 400, dtype=torch.float64) * most
+
+    def dual(price: float) -> float:
+        least = sum(float((e + price * s).min()) for s, e in zip(sizes, errors, strict=True))
+        return least - price * budget
+
+    values = [dual(float(price)) for price in prices]
+    at = max(range(len(values)), key=values.__getitem__)
+    low, high = float(prices[max(at - 1, 0)]), float(prices[min(at + 1, len(values) - 1)])
+    for _ in range(STEPS):
+        third = (high - low) / 3
+        if dual(low + third) < dual(high - third):
+            low += third
+        else:
+            high -= third
+    return max(0.0, dual(low), *values)
 
 
 def _spend(sizes: list[Tensor], errors: list[Tensor], chosen: list[int], left: float) -> list[int]:

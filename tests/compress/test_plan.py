@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compress.plan import Plan, plan
 from tiny import normal
 from torch import Tensor
 
@@ -16,7 +17,6 @@ from compress.arguments import parse_size
 from compress.compressors.quantization.bits import cost
 from compress.compressors.quantization.rtn import RTN
 from compress.errors import DataError, RecipeError
-from compress.plan import Plan, plan
 from compress.problem import LayerProblem, Table
 from compress.source import Source
 
