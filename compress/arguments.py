@@ -41,7 +41,9 @@ Columns = Annotated[
 Length = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.")]
 
 
-PLANNED = {"stages": [{"use": "gptq", "targets": ["all"]}]}  # what --size alone stands for
+PLANNED: dict[str, Any] = {
+    "stages": [{"use": "gptq", "targets": ["all"]}]
+}  # what --size alone stands for
 
 
 def names(commas: str | None) -> list[str]:

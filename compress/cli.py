@@ -94,7 +94,7 @@ def run(
     variants: dict[str, Recipe] = {}
     if not recipes and not size:
         raise RecipeError("RECIPE is missing; or give --size, e.g. 30%")
-    for path in recipes or [PLANNED]:
+    for path in recipes or [PLANNED]:  # type: ignore[list-item]
         for name, recipe in recipe_files.load(path, changes).items():
             if name in variants:
                 raise RecipeError(f"two variants are called '{name}'; rename one")
@@ -169,16 +169,8 @@ def apply(
     events = runs.run(loaded, out, overwrite=overwrite, verify=verify)
     info = follow(events, out.name, quiet or as_json)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "out": str(out),
-                    "bytes": info["bytes"],
-                    "storage": info["storage"],
-                    "loads_with": info["loads_with"],
-                }
-            )
-        )
+        told = {key: info[key] for key in ("bytes", "storage", "loads_with")}
+        print(json.dumps({"out": str(out)} | told))
     elif not quiet:
         taken = info["bytes"]
         screen.print(

@@ -58,6 +58,37 @@ def allocate(options: Sequence[tuple[Tensor, Tensor]], budget: int) -> list[int]
     return _spend(sizes, errors, chosen, budget - total(chosen))
 
 
+def by_table(
+    options: Sequence[tuple[Tensor, Tensor]], budget: int, buckets: int = 1 << 13
+) -> list[int] | None:
+    """As ``allocate``, by dynamic programming: no hull, so large matrices need not jump.
+
+    Bytes are counted in ``buckets`` of the room above the smallest options, rounded up, so it is
+    the best choice but for this rounding; what that leaves unused is spent. None without room.
+    """
+    sizes, errors = [s.double() for s, _ in options], [e.double() for _, e in options]
+    room = budget - sum(float(s[0]) for s in sizes)
+    if room <= 0:
+        return None
+    extra = [((s - s[0]) * buckets / room).ceil().long() for s in sizes]
+    best = torch.zeros(buckets + 1, dtype=torch.float64)  # least error within so many buckets
+    taken = []
+    for more, error in zip(extra, errors, strict=True):
+        tries = torch.full((len(more), buckets + 1), torch.inf, dtype=torch.float64)
+        for n, (step, e) in enumerate(zip(more.tolist(), error.tolist(), strict=True)):
+            if step <= buckets:
+                tries[n, step:] = best[: buckets + 1 - step] + e
+        best, which = tries.min(0)
+        taken.append(which.to(torch.uint8))
+    at, chosen = buckets, []
+    for more, which in zip(reversed(extra), reversed(taken), strict=True):
+        chosen.append(int(which[at]))
+        at -= int(more[chosen[-1]])
+    chosen.reverse()
+    spent = sum(float(s[c]) for s, c in zip(sizes, chosen, strict=True))
+    return _spend(sizes, errors, chosen, budget - spent)
+
+
 def least_cost(options: Sequence[tuple[Tensor, Tensor]], budget: int) -> float:
     """A bound: no choice within ``budget`` bytes has a smaller sum of errors (Lagrange's dual).
 

@@ -1,4 +1,4 @@
-"""What a plan really costs: applied, and compared with the original on text that it did not read."""
+"""What a plan really costs: applied, and compared with the original on text it did not read."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from compress.calibration import calibrates, check_text, text
-from compress.compressors.budget import allocate, least_cost
+from compress.compressors.budget import allocate, by_table, least_cost
 from compress.compressors.quantization.bits import WIDTHS
 from compress.compressors.quantization.gptq import GPTQ
 from compress.errors import DataError, ModelError, RecipeError
@@ -162,7 +162,7 @@ class Planner:
         """Bytes of the smallest file that can be planned."""
         return self.files.size({c.name: c.options[0] for c in self.choices})
 
-    def work(self) -> Iterator[Event]:
+    def work(self) -> Generator[Event, None, None]:
         """All that takes time: costs, and what they come to."""
         yield from self.look()
         yield from self.calibrate()
@@ -291,7 +291,7 @@ class Planner:
         dense = sum(self.sites[c.name].nbytes for c in choices)
         left = budget - self.files.size({}) + dense
         while True:
-            chosen = allocate([(c.sizes, c.costs) for c in choices], left)
+            chosen = _best(choices, left)
             settings = {c.name: c.options[i] for c, i in zip(choices, chosen, strict=True)}
             over = self.files.size(settings) - budget
             if over <= 0:
@@ -329,3 +329,16 @@ class Planner:
     def _short(self, name: str) -> bool:
         """Whether an earlier plan tried fewer groups of a matrix."""
         return any(Option(4, g).label not in self.cache.costs[name] for g in self.groups[name])
+
+
+def _best(choices: list[Choices], budget: int) -> list[int]:
+    """The better of what prices and a table find; either can miss by its rounding."""
+    options = [(c.sizes, c.costs) for c in choices]
+    found = [allocate(options, budget)]
+    if table := by_table(options, budget):
+        found.append(table)
+
+    def total(chosen: list[int]) -> float:
+        return sum(float(c.costs[i]) for c, i in zip(choices, chosen, strict=True))
+
+    return min(found, key=total)
