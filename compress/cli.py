@@ -93,7 +93,7 @@ def run(
     changes = overrides(model, data, seed, sets, size)
     variants: dict[str, Recipe] = {}
     if not recipes and not size:
-        raise RecipeError("RECIPE is missing; or give --size, e.g. 30%")
+        raise RecipeError("RECIPE is missing; or give --size, e.g. 30%: compress run --help")
     for path in recipes or [PLANNED]:  # type: ignore[list-item]
         for name, recipe in recipe_files.load(path, changes).items():
             if name in variants:
@@ -157,7 +157,7 @@ def apply(
     from compress import recipe as recipe_files
 
     if recipe is None and not size:
-        raise RecipeError("RECIPE is missing; or give --size, e.g. 30%")
+        raise RecipeError("RECIPE is missing; or give --size, e.g. 30%: compress apply --help")
     loaded = recipe_files.load_one(recipe or PLANNED, overrides(model, data, seed, sets, size))
     if dry_run:
         dry_run_table(loaded, as_json)
