@@ -12,10 +12,9 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.errors import CheckpointError, ModelError
-from compress.formats import CUSTOM, compressed_class
+from compress.formats import compressed_class, plain_classes
 from compress.source import digest, model_class, read_config, resolve
 
 RECORD = "compression.json"
@@ -67,9 +66,7 @@ def _classes(folder: Path, trust_remote_code: bool) -> tuple[str, Any, Any]:
     except ValueError as error:
         raise ModelError(f"{path}: not JSON ({error})") from error
     if "compressed_sites" in raw:
-        base = CONFIG_MAPPING[raw["model_type"].removeprefix(CUSTOM)]
-        name = raw["architectures"][0].removeprefix("Compressed")
-        cls, config_class = compressed_class(getattr(transformers, name), base)
+        cls, config_class = compressed_class(*plain_classes(raw))
         return "modelling file", cls, config_class.from_pretrained(folder)
     config = read_config(folder, trust_remote_code=trust_remote_code)
     if "auto_map" in raw and trust_remote_code:
@@ -122,8 +119,7 @@ def load_tokenizer(path: str | Path) -> Any | None:
         return None
     try:
         raw = json.loads((folder / "config.json").read_text())
-        kind = raw.get("model_type", "").removeprefix(CUSTOM)
-        config = CONFIG_MAPPING[kind]() if "compressed_sites" in raw else None
+        config = plain_classes(raw)[1]() if "compressed_sites" in raw else None
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
     except Exception as error:
         raise ModelError(f"{folder}: the tokenizer does not load: {_last(error)}") from error

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor
 from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.anatomy import Anatomy, Site
 from compress.weights import Weight, modeling_compressed
@@ -363,3 +365,12 @@ def compressed_class(model_class: type[Any], config_class: type[Any]) -> tuple[A
         {"config_class": config, "__module__": modeling_compressed.__name__},
     )
     return model, config
+
+
+def plain_classes(raw: dict[str, Any]) -> tuple[type[Any], type[Any]]:
+    """The model and config classes of what a folder with a ``modeling.py`` compresses.
+
+    ``raw`` is what its config.json says.
+    """
+    model = getattr(transformers, raw["architectures"][0].removeprefix("Compressed"))
+    return model, CONFIG_MAPPING[raw["model_type"].removeprefix(CUSTOM)]

@@ -14,14 +14,12 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.anatomy import Anatomy, Site
 from compress.errors import ModelError
-from compress.formats import CUSTOM
+from compress.formats import plain_classes
 from compress.source import Source, model_class, open_file, read_config, read_json
 from compress.weights import NF4, Dense, Float8, Int8, LowRank, Quantized, Sum, Weight
 from compress.weights.base import spec_of
@@ -51,10 +49,9 @@ class Stored(Source):
         if "compressed_sites" not in raw:
             config = read_config(self.folder)
             return config, model_class(config, self.folder)
-        raw["model_type"] = raw["model_type"].removeprefix(CUSTOM)
-        raw["architectures"] = [n.removeprefix("Compressed") for n in raw["architectures"]]
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-        return config, getattr(transformers, raw["architectures"][0])
+        cls, config_class = plain_classes(raw)
+        plain = {"model_type": config_class.model_type, "architectures": [cls.__name__]}
+        return config_class.from_dict(raw | plain), cls
 
     def _check_buffer(self, name: str) -> None:
         """What has no tensor of its name is a site that is stored otherwise, or a buffer."""

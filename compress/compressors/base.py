@@ -190,14 +190,22 @@ class CalibratedCompressor(LayerCompressor, ABC):
             )
         return super().apply(model, targets)
 
+    def informed(self, problem: LayerProblem) -> bool:
+        """Whether the problem holds what this method looks at."""
+        return problem.moments is not None
+
+    def wrong(self, problem: LayerProblem, weight: Weight) -> float:
+        """By what ``best`` compares."""
+        return relative_error(problem, weight)
+
     def best(self, problem: LayerProblem) -> tuple[Weight, str]:
-        """The solution and the name of the method that made it, by the problem's own measure."""
+        """The solution and the name of the method that made it: this one, or its data-free self."""
         plain = self.data_free()
         fallback = plain.compress(problem)
-        if problem.moments is None:
+        if not self.informed(problem):
             return fallback, plain.name
         weight = super().compress(problem)
-        if relative_error(problem, fallback) < relative_error(problem, weight):
+        if self.wrong(problem, fallback) < self.wrong(problem, weight):
             return fallback, plain.name
         return weight, self.name
 

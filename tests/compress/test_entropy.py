@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import normal
 
 from compress.compressors.quantization.bits import cost
-from compress.compressors.quantization.ecgptq import ECGPTQ, column_steps, importance
+from compress.compressors.quantization.ecgptq import ECGPTQ, importance, unit_steps
 from compress.compressors.quantization.ecrtn import ECRTN
 from compress.compressors.quantization.gptq import GPTQ
 from compress.compressors.quantization.rates import Rate, share_out
@@ -86,7 +86,8 @@ def test_columns_have_steps_by_what_is_left_of_them() -> None:
     H = moments(12)
     order = H.H.diagonal().argsort(descending=True, stable=True)
     U = torch.linalg.cholesky(torch.linalg.inv(H.damped[order][:, order]), upper=True)
-    torch.testing.assert_close(column_steps(H)[order], U.diagonal().float(), rtol=1e-4, atol=1e-6)
+    _, columns, _ = unit_steps(LayerProblem.of(normal(8, 12), H.H))
+    torch.testing.assert_close(columns[order], U.diagonal().float(), rtol=1e-4, atol=1e-6)
 
 
 def test_rows_that_matter_more_have_finer_steps_and_cost_less_in_all() -> None:

@@ -45,9 +45,7 @@ SLOW = {
     "forward": slow_kl,
     "reverse": lambda p, q: slow_kl(q, p),
     "skewed": lambda p, q: slow_kl(p, mixture(p, q, 0.1)),
-    "js": lambda p, q: (
-        0.3 * slow_kl(p, mixture(p, q, 0.3)) + 0.7 * slow_kl(q, mixture(p, q, 0.3))
-    ),
+    "js": lambda p, q: 0.3 * slow_kl(p, mixture(p, q, 0.3)) + 0.7 * slow_kl(q, mixture(p, q, 0.3)),
 }
 FAST = {
     "forward": forward_kl,

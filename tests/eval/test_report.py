@@ -96,8 +96,12 @@ def halves(samples: list[float], loss: float) -> dict[str, dict[str, Part]]:
     counts = [100.0] * len(samples)
     rare = [100 * (x + 0.6 * loss) for x in samples]
     common = [100 * (x - 0.6 * loss) for x in samples]
-    return {"token frequency": {"≤ 30": Part(examples=places, sums=rare, counts=counts),
-                                "> 30": Part(examples=places, sums=common, counts=counts)}}
+    return {
+        "token frequency": {
+            "≤ 30": Part(examples=places, sums=rare, counts=counts),
+            "> 30": Part(examples=places, sums=common, counts=counts),
+        }
+    }
 
 
 def record(name: str, size: float, error: float, stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -255,7 +259,7 @@ def test_slices_and_tasks_are_told(report: Path) -> None:
     assert re.search(r"<button[^>]*>demo_brackets</button><small>acc, 64 examples</small>", page)
     assert "would settle it" in page
     assert "write, batch 8, prompt 128" in page
-    assert "<button type=\"button\">task:demo_brackets" not in page  # said once
+    assert '<button type="button">task:demo_brackets' not in page  # said once
 
 
 def test_csv_has_every_number(report: Path) -> None:

@@ -54,27 +54,39 @@ class ECGPTQ(EntropyCoded, CalibratedCompressor):
     def at_site(self, name: str) -> ECGPTQ:
         return self.model_copy(update={"bits": self._share[name]}) if name in self._share else self
 
-    def best(self, problem: LayerProblem) -> tuple[Weight, str]:
-        """By ``cost``, which says how much each row counts; the relative error does not."""
-        plain = self.data_free()
-        fallback = plain.compress(problem)
-        if problem.moments is None and problem.table is None:
-            return fallback, plain.name
-        weight = super(CalibratedCompressor, self).compress(problem)
-        if cost(problem, fallback) < cost(problem, weight):
-            return fallback, plain.name
-        return weight, self.name
+    def informed(self, problem: LayerProblem) -> bool:
+        return problem.moments is not None or problem.table is not None
+
+    def wrong(self, problem: LayerProblem, weight: Weight) -> float:
+        """The relative error does not say how much each row counts."""
+        return cost(problem, weight)
 
     def solve(self, problem: LayerProblem) -> Coded:
-        T, rows, moments = problem.target, importance(problem), metric(problem)
-        columns = column_steps(moments)
+        T, (rows, columns, moments) = problem.target, unit_steps(problem)
 
         def make(factor: float) -> Coded:
-            steps = Steps.of(factor / rows.sqrt(), columns)
+            steps = Steps.of(factor * rows, columns)
             return steps.coded(round_with_feedback(T, steps, moments), problem.dtype)
 
-        start = 4 * float(in_steps(problem).square().mean().sqrt()) * 2.0**-self.bits
+        spread = (T / rows[:, None] / columns).square().mean().sqrt()
+        start = 4 * float(spread) * 2.0**-self.bits
         return within(make, start, self.predict(problem.weight.shape, problem.dtype))
+
+
+def unit_steps(problem: LayerProblem) -> tuple[Tensor, Tensor, Moments]:
+    """Steps for s = 1, rows float32 [out] · columns float32 [in], and the moments of feedback.
+
+    A column's is U_jj, what is left of an input's spread once those before it are known.
+    """
+    moments = metric(problem)
+    order, U = moments.inverse_factor()
+    return importance(problem).rsqrt(), U.diagonal()[order.argsort()], moments
+
+
+def in_steps(problem: LayerProblem) -> Tensor:
+    """float32 [out, in]: the weights that are wanted, in steps for s = 1."""
+    rows, columns, _ = unit_steps(problem)
+    return problem.target / rows[:, None] / columns
 
 
 def importance(problem: LayerProblem) -> Tensor:
@@ -104,15 +116,3 @@ def metric(problem: LayerProblem) -> Moments:
     if table.logits is not None and problem.H is not None:
         H += table.logits.mean() * problem.H
     return Moments(H / H.diagonal().mean().clamp(min=1e-30))
-
-
-def in_steps(problem: LayerProblem) -> Tensor:
-    """float32 [out, in]: the weights that are wanted, in steps for s = 1."""
-    rows, columns = importance(problem), column_steps(metric(problem))
-    return problem.target * rows.sqrt()[:, None] / columns
-
-
-def column_steps(moments: Moments) -> Tensor:
-    """float32 [in]: U_jj, what is left of an input's spread once those before it are known."""
-    order, U = moments.inverse_factor()
-    return U.diagonal()[order.argsort()]
