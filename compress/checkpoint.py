@@ -17,6 +17,7 @@ from compress import gguf_file
 from compress.errors import CheckpointError, ModelError
 from compress.formats import compressed_class, plain_classes
 from compress.source import digest, model_class, read_config, resolve
+from compress.stored import UNPACKED, unpacked
 
 RECORD = "compression.json"
 
@@ -26,7 +27,8 @@ def load(
 ) -> PreTrainedModel:
     """The model in a checkpoint folder, in eval mode: ours, any Hugging Face folder, or ``demo``.
 
-    A GGUF file, or a folder that holds nothing else, is unpacked by transformers.
+    A GGUF file, or a folder that holds nothing else, is unpacked by transformers; the layouts of
+    GPTQ and AWQ are unpacked here.
 
     Folders with our modelling file load through this library's own copy of it, without running
     code from the folder. Packed integers are unpacked at once, not at the first forward pass.
@@ -36,6 +38,8 @@ def load(
     """
     folder = resolve(path)
     method, cls, described = _classes(folder, trust_remote_code)
+    if method in UNPACKED:
+        return unpacked(folder, dtype)
     try:
         with _quiet():
             model, info = cls.from_pretrained(
