@@ -68,8 +68,8 @@ def _classes(folder: Path, trust_remote_code: bool) -> tuple[str, Any, dict[str,
     """How the folder is stored, the model class, and what describes the model to it."""
     file = gguf_file.find(folder)
     if file is not None:
-        gguf_file.required()
-        return "gguf", transformers.AutoModelForCausalLM, {"gguf_file": file.name}
+        described = {"gguf_file": file.name, "config": gguf_file.config(file)}
+        return "gguf", transformers.AutoModelForCausalLM, described
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())

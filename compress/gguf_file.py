@@ -30,13 +30,14 @@ def tokenizer(file: Path) -> Any:
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def config(file: Path) -> dict[str, Any]:
-    """What transformers reads in the file's metadata, as the entries of a config.json."""
+def config(file: Path) -> Any:
+    """The config that transformers makes of the file's metadata."""
     from transformers import AutoConfig
 
     required()
-    found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
-    found["architectures"] = found.get("architectures") or ["ModelForCausalLM"]
+    found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    if found.model_type == "gpt2":  # transformers keeps the length under a name of old
+        found.n_positions = getattr(found, "n_ctx", found.n_positions)
     return found
 
 

@@ -259,7 +259,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     packed = gguf_file.find(folder)
     if packed is not None:
-        return gguf_file.config(packed)
+        said = gguf_file.config(packed).to_dict()
+        return said | {"architectures": said["architectures"] or ["ModelForCausalLM"]}
     file = folder / "config.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
