@@ -18,6 +18,7 @@ from compress import gguf_file
 from compress.errors import CheckpointError, ModelError
 from compress.formats import compressed_class, plain_classes
 from compress.source import digest, model_class, read_config, resolve
+from compress.stored import UNPACKED, unpacked
 
 RECORD = "compression.json"
 RUNTIMES = {"packed": "compress.runtime.packed", "onnx": "compress.runtime.onnx"}
@@ -35,7 +36,8 @@ def load(
     ``runtime``: "transformers" unpacks what has no kernel there; "packed" computes with weights as
     they are stored (``compress.runtime.packed``); "onnx" runs what ``compress export`` wrote.
 
-    A GGUF file, or a folder that holds nothing else, is unpacked by transformers.
+    A GGUF file, or a folder that holds nothing else, is unpacked by transformers; the layouts of
+    GPTQ and AWQ are unpacked here.
 
     Folders with our modelling file load through this library's own copy of it, without running
     code from the folder. Packed integers are unpacked at once, not at the first forward pass.
@@ -52,6 +54,8 @@ def load(
         return module.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
     folder = resolve(path)
     method, cls, described = _classes(folder, trust_remote_code)
+    if method in UNPACKED:
+        return unpacked(folder, dtype)
     try:
         with _quiet():
             model, info = cls.from_pretrained(
@@ -80,8 +84,8 @@ def _classes(folder: Path, trust_remote_code: bool) -> tuple[str, Any, dict[str,
     """How the folder is stored, the model class, and what describes the model to it."""
     file = gguf_file.find(folder)
     if file is not None:
-        gguf_file.required()
-        return "gguf", transformers.AutoModelForCausalLM, {"gguf_file": file.name}
+        described = {"gguf_file": file.name, "config": gguf_file.config(file)}
+        return "gguf", transformers.AutoModelForCausalLM, described
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text())

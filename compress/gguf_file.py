@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ def tokenizer(file: Path) -> Any:
     return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def config(file: Path) -> dict[str, Any]:
-    """What transformers reads in the file's metadata, as the entries of a config.json."""
+def config(file: Path) -> Any:
+    """The config that transformers makes of the file's metadata."""
     from transformers import AutoConfig
 
     required()
-    found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name).to_dict()
-    found["architectures"] = found.get("architectures") or ["ModelForCausalLM"]
+    found = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    if found.model_type == "gpt2":  # transformers keeps the length under a name of old
+        found.n_positions = getattr(found, "n_ctx", found.n_positions)
     return found
 
 
@@ -47,6 +49,21 @@ def record(file: Path) -> dict[str, Any]:
 
     field = GGUFReader(file).fields.get(RECORD)
     return {} if field is None else json.loads(field.contents())
+
+
+def tensors(file: Path) -> Counter[str]:
+    """Entries of the file's tensors, by the name of their type.
+
+    Raises:
+        CheckpointError: the gguf package is missing.
+    """
+    required()
+    from gguf import GGUFReader
+
+    found: Counter[str] = Counter()
+    for tensor in GGUFReader(file).tensors:
+        found[tensor.tensor_type.name] += int(tensor.n_elements)
+    return found
 
 
 def required() -> None:

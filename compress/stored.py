@@ -2,7 +2,7 @@
 
 Exporters and runtimes start here: a ``Quantized`` has its codes and scales, a ``LowRank`` its
 factors. Folders of ours in every format are read, and those of other toolkits in the layouts of
-compressed-tensors and bitsandbytes.
+compressed-tensors, bitsandbytes, GPTQ and AWQ.
 """
 
 from __future__ import annotations
@@ -11,20 +11,23 @@ import json
 import re
 from collections.abc import Collection
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
-from compress.anatomy import Anatomy, Site
+from compress.anatomy import Anatomy, Block, Site
+from compress.assemble import assemble
 from compress.errors import ModelError
 from compress.formats import plain_classes
-from compress.source import Source, model_class, open_file, read_config, read_json
-from compress.weights import NF4, Dense, Float8, Int8, LowRank, Quantized, Sum, Weight
+from compress.source import Original, Source, model_class, open_file, read_config, read_json
+from compress.weights import NF4, Dense, Float8, Int8, LowRank, Quantized, Sum, Weight, layouts
 from compress.weights.base import spec_of
 
-READ = ("compressed-tensors", "bitsandbytes")  # quant_methods whose layout is known here
+UNPACKED = ("gptq", "awq")  # quant_methods that ``load`` reads by way of this module
+READ = ("compressed-tensors", "bitsandbytes", *UNPACKED)  # those whose layout is known here
 
 
 class Stored(Source):
@@ -89,6 +92,15 @@ class Stored(Source):
         names = (name for block in self.anatomy.blocks for name in block.tensors)
         return {name: self.tensor(name) for name in names if name not in inside}
 
+    def block(self, block: Block) -> tuple[dict[str, Weight], dict[str, Tensor]]:
+        """As the dense model has it: every weight expanded, in its dtype."""
+        weights: dict[str, Weight] = {}
+        for site in block.sites:
+            weight = self.weight(site)
+            weights[site.name] = Dense.of(weight.dense().to(weight.dtype))
+        inside = {site.parameter for site in block.sites}
+        return weights, {n: self.tensor(n) for n in block.tensors if n not in inside}
+
     def _base_weight(self, site: Site) -> Weight:
         sites = getattr(self.config, "compressed_sites", {})
         if site.name in sites:
@@ -97,6 +109,8 @@ class Stored(Source):
         parts = self._parts(site)
         if self.quantization.get("quant_method") == "compressed-tensors":
             return self._compressed_tensors(site, parts)
+        if "qweight" in parts:
+            return self._by_inputs(site, parts)
         if "SCB" in parts:
             codes = {"codes": parts["weight"], "SCB": parts["SCB"]}
             return Int8(self._spec("int8", site), codes)
@@ -171,6 +185,26 @@ class Stored(Source):
             dtype=self._dtype,
         )
 
+    def _by_inputs(self, site: Site, parts: dict[str, Tensor]) -> Weight:
+        """Of the layouts of GPTQ and AWQ."""
+        said = self.quantization
+        if said["quant_method"] == "awq":
+            if said.get("version", "gemm") != "gemm" or said.get("bits", 4) != 4:
+                raise ModelError(f"{self.folder}: AWQ is read in 4 bits and its gemm version only")
+            return layouts.from_awq(parts, said.get("group_size", 128), self._dtype)
+        numbers = said | next(
+            (
+                changes
+                for pattern, changes in (said.get("dynamic") or {}).items()
+                if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), site.name)
+            ),
+            {},
+        )
+        version = 2 if said.get("checkpoint_format") == "gptq_v2" else 1
+        return layouts.from_gptq(
+            parts, numbers["bits"], numbers["group_size"], version, self._dtype
+        )
+
     def _scheme(self, site: Site) -> dict[str, Any]:
         """The config group of compressed-tensors that a site belongs to; its own name first."""
         cls = {"linear": "Linear", "embedding": "Embedding"}.get(site.layout)
@@ -218,6 +252,15 @@ class Stored(Source):
                 scaled = B.float() * (alpha / rank)
                 found[site.name] = LowRank.of(scaled, A.float(), self._dtype)
         return found
+
+
+def unpacked(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The dense model of a folder in a layout of ``UNPACKED``; needs no package to read them."""
+    stored = Stored(folder)
+    model: Any = assemble(stored, Original(stored), dtype or stored._dtype)
+    if model.can_generate() and (stored.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(stored.folder)
+    return model
 
 
 def _plainly_named(raw: dict[str, Any]) -> dict[str, Any]:

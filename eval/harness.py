@@ -56,8 +56,9 @@ def evaluate(
 ) -> Iterator[Event | Result]:
     """Measure checkpoints: folders, hub ids, or "demo". Yields events, and a row when it is known.
 
-    Rows are also written to ``results.jsonl`` of each local folder. One that is already there, for
-    the same weights, text and setup, is yielded again and not measured anew, unless ``force``.
+    Rows are also written to ``results.jsonl`` of each local folder, of a GGUF file beside it. One
+    that is already there, for the same weights, text and setup, is yielded again and not measured
+    anew, unless ``force``.
 
     metrics   names of metrics, or of families of them (quality, size, memory, speed); None is all
               that come with this package. One that does not apply to a model is an error when it
@@ -101,7 +102,7 @@ def evaluate(
     done, total = 0, len(folders) * len(chosen)
     for folder in folders:
         context = Context(folder, data, originals[folder], settings, load_original, shared=shared)
-        local = Path(folder) if folder != "demo" and Path(folder).is_dir() else None
+        local = Path(folder) if folder != "demo" and Path(folder).exists() else None
         earlier = {row.metric: row for row in results.read(local)} if local else {}
         for metric in chosen:
             yield Progress(f"{folder}: {metric.name}", done, total)
@@ -117,7 +118,7 @@ def evaluate(
                     _write(local, row)
                 yield row
             done += 1
-        if local:
+        if local and local.is_dir():
             card.update(local, results.read(local))
     yield Progress("done", done, total)
 
@@ -137,7 +138,7 @@ def _write(folder: Path, row: Result) -> None:
         results.write(folder, [row])
     except OSError as error:
         raise CheckpointError(
-            f"{folder / results.RESULTS}: {error.strerror}; make the folder writable"
+            f"{results.rows_file(folder)}: {error.strerror}; make the folder writable"
         ) from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,10 @@ from typing import Any
 
 import yaml
 
+from compress import checkpoint, gguf_file
 from compress.errors import CheckpointError
+from eval.metrics.base import read_config
+from eval.metrics.size import weight_files
 from eval.results import Result, read
 
 WHERE = {"use", "targets", "skip", "blocks", "budget"}  # a stage's keys that are not the method's
@@ -31,6 +33,8 @@ class Measured:
     results: dict[str, Result]
     size: float | None
     """Bytes of weights on disk."""
+    stored: str = ""
+    """How another toolkit packed the weights: ``gptq 4 bits``, ``gguf Q4_K``; empty if none did."""
 
     def value(self, metric: str) -> float | None:
         """The metric's value; None when absent or not a finite number."""
@@ -42,13 +46,15 @@ class Measured:
     @property
     def is_original(self) -> bool:
         """Whether nothing was done to it."""
-        return not self.stages and not self.record.get("sites")
+        return not self.stages and not self.record.get("sites") and not self.stored
 
     @property
     def family(self) -> str:
         """What kind of compression made it; a key of ``eval.chart.FAMILIES``."""
         if self.is_original:
             return "original"
+        if self.stored and not self.stages:
+            return "quantization"
         known = self.record.get("families", {})
         families = {known.get(str(stage.get("use")), "other") for stage in self.stages}
         compressing = families - {"distillation"}
@@ -68,7 +74,8 @@ class Measured:
     @property
     def recipe_line(self) -> str:
         """The recipe in one line: ``rtn bits=4 group=64 → lora rank=8``."""
-        return self.record.get("summary") or " → ".join(map(_stage_line, self.stages))
+        said = self.record.get("summary") or " → ".join(map(_stage_line, self.stages))
+        return said or self.stored
 
     @property
     def final_sites(self) -> list[dict[str, Any]]:
@@ -95,7 +102,7 @@ def read_checkpoint(folder: Path) -> Measured:
     results = read(folder)
     if not results:
         raise CheckpointError(f"{folder}: no results; run `compress eval {folder}` first")
-    record = _json(folder / "compression.json")
+    record = checkpoint.record(folder)
     path = folder / "recipe.yaml"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     if not text and record.get("recipe"):
@@ -109,6 +116,7 @@ def read_checkpoint(folder: Path) -> Measured:
         stages=_stages(record, text, path),
         results=by_metric,
         size=_size(folder, record, by_metric.get("size_bytes")),
+        stored="" if record.get("sites") else _stored(folder),
     )
 
 
@@ -123,16 +131,20 @@ def with_unique_names(checkpoints: Sequence[Measured]) -> list[Measured]:
     ]
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON; run `compress apply` again") from error
-    if not isinstance(record, dict):
-        raise CheckpointError(f"{path}: not a JSON object; run `compress apply` again")
-    return record
+def _stored(folder: Path) -> str:
+    """What a GGUF file's types or config.json's ``quantization_config`` say of the packing."""
+    packed = gguf_file.find(folder)
+    if packed is not None:
+        (kind, _), *_ = gguf_file.tensors(packed).most_common()
+        return "" if kind in ("F32", "F16", "BF16") else f"gguf {kind}"
+    said = read_config(folder).get("quantization_config")
+    if not said:
+        return ""
+    bits = said.get("bits") or said.get("w_bit") or {True: 8}.get(said.get("load_in_8bit"))
+    groups = said.get("config_groups") or {}
+    found = {str((g.get("weights") or {}).get("num_bits")) for g in groups.values()}
+    bits = bits or ", ".join(sorted(found - {"None"})) or (4 if said.get("load_in_4bit") else "")
+    return f"{said.get('quant_method', 'packed')} {bits} bits" if bits else said["quant_method"]
 
 
 def _stages(record: dict[str, Any], text: str, path: Path) -> list[dict[str, Any]]:
@@ -147,11 +159,11 @@ def _stages(record: dict[str, Any], text: str, path: Path) -> list[dict[str, Any
 
 
 def _size(folder: Path, record: dict[str, Any], measured: Result | None) -> float | None:
-    """Measured, else recorded, else summed over the folder's files."""
+    """Measured, else recorded, else that of the weight files."""
     if measured is not None and measured.value:
         return measured.value
     recorded = record.get("bytes", {}).get("disk")
-    return recorded or sum(file.stat().st_size for file in folder.glob("*.safetensors")) or None
+    return recorded or sum(file.stat().st_size for file in weight_files(folder)) or None
 
 
 def _stage_line(stage: dict[str, Any]) -> str:

@@ -62,9 +62,15 @@ class Result(BaseModel):
         return {k: getattr(self, k) for k in ("checkpoint", "metric", "value", "stderr", "unit")}
 
 
+def rows_file(checkpoint: Path) -> Path:
+    """Where rows are kept: in the folder; of a GGUF file beside it, after its name."""
+    folder = Path(checkpoint)
+    return folder.with_name(f"{folder.name}.{RESULTS}") if folder.is_file() else folder / RESULTS
+
+
 def read(folder: Path) -> list[Result]:
-    """All rows of ``folder/results.jsonl``; an absent file is no rows."""
-    path = Path(folder) / RESULTS
+    """All rows of a checkpoint's ``results.jsonl``; an absent file is no rows."""
+    path = rows_file(folder)
     if not path.exists():
         return []
     rows = []
@@ -80,8 +86,8 @@ def read(folder: Path) -> list[Result]:
 
 
 def write(folder: Path, rows: Iterable[Result]) -> None:
-    """Merge ``rows`` into ``folder/results.jsonl``: a new row replaces the old of its metric."""
-    path = Path(folder) / RESULTS
+    """Merge ``rows`` into a checkpoint's: a new row replaces the old of its metric."""
+    path = rows_file(folder)
     merged = {row.metric: row for row in read(folder)} | {row.metric: row for row in rows}
     draft = path.with_suffix(".tmp")
     draft.write_text("".join(json.dumps(row.model_dump()) + "\n" for row in merged.values()))

@@ -46,14 +46,12 @@ class DenseExporter(Exporter):
         out.mkdir()
         shards = Shards(out)
         for block in stored.anatomy.blocks:
-            sites = {site.parameter: site for site in block.sites}
-            for name in block.tensors:
-                if name not in sites:
-                    shards.add(name, stored.tensor(name))
-                    continue
-                weight = stored.weight(sites[name])
-                matrix = weight.dense().to(self._dtype or weight.dtype)
-                shards.add(name, matrix.T if sites[name].layout == "conv1d" else matrix)
+            weights, others = stored.block(block)
+            for site in block.sites:
+                matrix = weights[site.name].dense().to(self._dtype or weights[site.name].dtype)
+                shards.add(site.parameter, matrix.T if site.layout == "conv1d" else matrix)
+            for name, tensor in others.items():
+                shards.add(name, tensor)
         shards.close()
         config = stored.plain_config()
         if self.dtype:

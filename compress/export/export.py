@@ -21,7 +21,7 @@ from compress.workdir import disk_errors, locked, place, work_folder
 
 KINDS = ("dense", "sparse", "quantized", "coded", "lowrank", "sum", "float8", "int8", "nf4")
 # Logits of weights that were rounded again may differ a good deal; those of a wrong layout by √2.
-TOLERANCE_AGAIN = 0.5
+TOLERANCE_AGAIN = 0.9
 
 
 def export(

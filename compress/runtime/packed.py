@@ -24,7 +24,7 @@ from compress.memory import give_back
 from compress.runtime.linear import NoKernel, PackedEmbedding, PackedLinear, matrix_of, mostly_zeros
 from compress.runtime.matrices import DTYPE, Matrix
 from compress.source import read_json
-from compress.stored import Stored
+from compress.stored import UNPACKED, Stored
 from compress.weights import Weight
 
 GRIDS = ("quantized", "int8")  # integers for which there are kernels; rows of tables, too
@@ -145,6 +145,8 @@ def kinds(folder: Path) -> set[str]:
     quantization = raw.get("quantization_config") or {}
     for group in quantization.get("config_groups", {}).values():
         found.add("quantized" if group["weights"]["type"] == "int" else "float8")
+    if quantization.get("quant_method") in UNPACKED:
+        found.add("quantized")
     if quantization.get("quant_method") == "bitsandbytes":
         found.add("int8" if quantization.get("load_in_8bit") else "nf4")
     return found

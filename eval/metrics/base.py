@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel
 
-from compress import checkpoint
+from compress import checkpoint, gguf_file
 from compress.data import Windows, windows
 from compress.errors import DataError, ModelError, NotMeasurable
 from compress.objective import window_length
@@ -253,7 +253,14 @@ class Metric(ABC):
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a folder; empty when there is none, as beside a bare adapter."""
+    """``config.json`` of a folder; empty when there is none, as beside a bare adapter.
+
+    Of a GGUF file it is what its metadata says.
+    """
+    packed = gguf_file.find(folder)
+    if packed is not None:
+        said = gguf_file.config(packed).to_dict()
+        return said | {"architectures": said["architectures"] or ["ModelForCausalLM"]}
     file = folder / "config.json"
     return json.loads(file.read_text()) if file.exists() else {}
 
@@ -261,7 +268,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 def fingerprint(folder: Path) -> str:
     """SHA-256 of a folder's weights and configuration, its first 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*config.json"))]:
+    packed = gguf_file.find(folder)
+    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*config.json"))]
+    for path in [packed] if packed else files:
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while block := file.read(1 << 20):

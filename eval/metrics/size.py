@@ -7,14 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-from compress import checkpoint
+from compress import checkpoint, gguf_file
 from compress.errors import CheckpointError, NotMeasurable
 from eval.metrics.base import Context, Metric, read_config
 from eval.results import Result
 
 
 class SizeBytes(Metric):
-    """Bytes of the folder's safetensors files, adapters included."""
+    """Bytes of the folder's safetensors files, adapters included, or of the GGUF file."""
 
     name = "size_bytes"
     unit = "bytes"
@@ -39,20 +39,21 @@ class BitsPerParam(Metric):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files.
+    """The folder's safetensors files, or the one GGUF file."""
+    packed = gguf_file.find(folder)
+    return [packed] if packed else sorted(folder.glob("*.safetensors"))
+
+
+def size_bytes(folder: Path) -> int:
+    """Bytes on disk of the folder's weights.
 
     Raises:
         CheckpointError: there are none.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors file; save the weights as safetensors")
-    return files
-
-
-def size_bytes(folder: Path) -> int:
-    """Bytes on disk of the folder's weights."""
-    return sum(file.stat().st_size for file in weight_files(folder))
+    return sum(file.stat().st_size for file in files)
 
 
 def parameters(context: Context) -> int:
@@ -83,6 +84,9 @@ def count_parameters(folder: Path) -> int:
     Buffers that some checkpoints store are left out: whole numbers, rotary frequencies, and the
     causal masks of GPT-2 and GPT-NeoX, which are named like biases but have four dimensions.
     """
+    packed = gguf_file.find(folder)
+    if packed is not None:
+        return gguf_file.tensors(packed).total()
     tied = read_config(folder).get("tie_word_embeddings") is True
     tensors: dict[str, Any] = {}
     for file in weight_files(folder):

@@ -257,7 +257,7 @@ def test_list(compress: Run) -> None:
     assert all(name in answer.out for name in [*NAMES, "perplexity", "compresskit"])
     rows = [json.loads(line) for line in compress("list", "--json").out.splitlines()]
     assert {row["name"] for row in rows if row["kind"] == "compressor"} == set(NAMES)
-    assert {row["kind"] for row in rows} == {"compressor", "metric"}
+    assert {row["kind"] for row in rows} == {"compressor", "exporter", "metric"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -302,3 +302,16 @@ def test_help_waits_for_no_model_library() -> None:
     code = "import compress.cli, sys; print({'torch', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_export(compress: Run, tmp_path: Path) -> None:
+    out = tmp_path / "dense"
+    answer = compress("export", "demo", "--to", "dense", "--out", out, "--json")
+    assert answer.code == 0, answer.err
+    said = json.loads(answer.out)
+    assert (said["to"], said["held"], said["difference"]) == ("dense", {"exactly": 43}, 0)
+    assert (out / "config.json").exists()
+    rows = [json.loads(line) for line in compress("export", "--list", "--json").out.splitlines()]
+    assert {"dense", "gguf", "gptq"} <= {row["name"] for row in rows}
+    assert "expanded" in compress("export", "--list").out
+    assert compress("export", "demo").code == 2

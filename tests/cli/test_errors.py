@@ -327,7 +327,7 @@ class Stranger(Point):
 def test_a_broken_plug_in(
     point: type, words: list[str], fails: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "available", lambda: {"broken": point()})
+    monkeypatch.setattr(registry, "available", lambda *_: {"broken": point()})
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump({"stages": [{"use": "broken"}]}))
     fails(PLUGIN, ["'broken'", *words], "apply", path, "--out", tmp_path / "out")
