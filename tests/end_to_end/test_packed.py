@@ -11,6 +11,7 @@ import torch
 
 from compress.checkpoint import load
 from compress.errors import ModelError
+from compress.export.export import export
 from compress.runtime.matrices import Int4, block_rows
 
 ALL = {"targets": ["all"]}
@@ -112,6 +113,19 @@ def test_what_the_kernels_do_not_compute_is_refused(
         load(folder, runtime="packed").save_pretrained(folder / "again")
     with pytest.raises(ModelError, match="there are transformers, packed, onnx"):
         load(folder, runtime="fast")
+
+
+def test_folders_of_other_toolkits(
+    source: Callable[..., Path], apply: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = apply(source("llama"), [{"use": "rtn"}])
+    export(folder, "gptq", tmp_path / "gptq", verify=False)
+    model = load(tmp_path / "gptq", runtime="packed")
+    assert "int4" in model.packed_report.kernels.values()
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        found, right = model(tokens).logits, load(folder, runtime="packed")(tokens).logits
+    assert (found - right).norm() < 0.03 * right.norm()
 
 
 @pytest.mark.parametrize("bits", [3, 4, 6, 8])
