@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from compress.runtime.matrices import Int4, Int8, Matrix, block_rows, kernel_group
+from compress.runtime.matrices import DTYPE, Int4, Int8, Matrix, block_rows, kernel_group
+from compress.weights import Coded, LowRank, Quantized, Sum, Weight
 from compress.weights import Int8 as StoredInt8
-from compress.weights import LowRank, Quantized, Sum, Weight
-from compress.weights.modeling_compressed import round_tokens, unpack_codes, zero_points
+from compress.weights.modeling_compressed import decode, round_tokens, unpack_codes, zero_points
 
 DENSITY = 0.25  # above it CSR takes more bytes than the matrix, and little less time
 
@@ -62,6 +62,23 @@ class Added(Matrix):
         return total
 
 
+class Columns(Matrix):
+    """A matrix with a factor for each column, by which what it reads is multiplied."""
+
+    factors: Tensor
+
+    def __init__(self, matrix: Matrix, factors: Tensor) -> None:
+        super().__init__(matrix.shape)
+        self.matrix, self.kernel = matrix, matrix.kernel
+        self.register_buffer("factors", factors.to(DTYPE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.matrix(x * self.factors)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        return self.matrix.rows(ids) * self.factors
+
+
 class Csr(Matrix):
     """The numbers that are not zero, float32, row by row: torch's product of sparse matrices."""
 
@@ -108,6 +125,8 @@ def matrix_of(weight: Weight, dtype: torch.dtype) -> Matrix:
         return _integers(weight)
     if isinstance(weight, StoredInt8):
         return Int8(weight.tensors["codes"], weight.tensors["SCB"].float() / 127)
+    if isinstance(weight, Coded):
+        return _coded(weight)
     if isinstance(weight, LowRank):
         return Factors(matrix_of(weight.left, dtype), matrix_of(weight.right, dtype))
     if isinstance(weight, Sum):
@@ -123,24 +142,46 @@ def mostly_zeros(dense: Tensor) -> bool:
 
 
 def _integers(weight: Quantized) -> Matrix:
-    spec, tensors = weight.spec, weight.tensors
-    columns, bits = spec["shape"][1], spec["bits"]
+    spec, tensors, bits = weight.spec, weight.tensors, weight.spec["bits"]
     codes, scale = unpack_codes(spec, tensors), tensors["weight_scale"]
     if bits > 4 and scale.shape[1] == 1 and "weight_zero_point" not in tensors:
         return Int8(codes, scale[:, 0])
-    group = kernel_group(spec["group"], columns)
-    if group is None:
-        raise NoKernel(f"groups of {spec['group']} are not multiples of 32")
-    if not block_rows():
-        raise NoKernel("this CPU's int4 kernel lays codes out in another way")
     half = 1 << (bits - 1)
     zero = torch.zeros_like(scale, dtype=torch.int16)
     if "weight_zero_point" in tensors:
         zero = zero_points(spec, tensors).to(torch.int16)
+    return _int4((codes.short() + half).to(torch.uint8), scale, zero + half, spec["group"], bits)
+
+
+def _int4(codes: Tensor, scale: Tensor, zero: Tensor, stored: int, bits: int) -> Int4:
+    """In groups that the kernel takes, of the ``stored`` ones."""
+    group, columns = kernel_group(stored, codes.shape[1]), codes.shape[1]
+    if group is None:
+        raise NoKernel(f"groups of {stored} are not multiples of 32")
+    if not block_rows():
+        raise NoKernel("this CPU's int4 kernel lays codes out in another way")
     groups = -(-columns // group)
-    repeats = groups if spec["group"] >= columns else spec["group"] // group
+    repeats = groups if stored >= columns else stored // group
     scale, zero = (t.repeat_interleave(repeats, dim=1)[:, :groups] for t in (scale, zero))
-    return Int4((codes.short() + half).to(torch.uint8), scale, zero + half, group, bits)
+    return Int4(codes, scale, zero, group, bits)
+
+
+def _coded(weight: Coded) -> Matrix:
+    """Entropy-coded integers with their code undone: the kernels read 4 bits or 8."""
+    spec, tensors = weight.spec, weight.tensors
+    none = {name: torch.full_like(tensors[name], 128) for name in ("row", "column")}
+    codes = decode(spec | {"step": 1.0}, tensors | none).short()
+    row, column = (torch.exp2((tensors[name].float() - 128) / 8) for name in ("row", "column"))
+    low, high = spec["low"], spec["low"] + spec["levels"] - 1
+    scale = row * spec["step"]
+    if high - low > 15:
+        if low < -128 or high > 127:
+            raise NoKernel("codes beyond 8 bits")
+        return Columns(Int8(codes.to(torch.int8), scale), column)
+    zero = 8 if low >= -8 and high <= 7 else -low
+    unsigned = (codes + zero).to(torch.uint8)
+    zeros = torch.full((len(codes), 1), zero)
+    return Columns(_int4(unsigned, scale[:, None], zeros, codes.shape[1], 4), column)
 
 
 class PackedLinear(nn.Module):

@@ -36,6 +36,8 @@ FOLDERS: dict[str, tuple[str, set[str], list[dict[str, Any]]]] = {
     "Conv1D": ("gpt2", {"int4"}, [{"use": "rtn", **ALL}]),
     "Conv1D of 8 bits": ("gpt2", {"dense", "int8"}, [Q8 | {"group": "channel"}]),
     "groups of 24": ("llama", {"dense"}, [{"use": "rtn", "group": 24}]),
+    "Huffman codes": ("llama", {"dense", "int4"}, [{"use": "ecrtn", "bits": 2}]),
+    "long Huffman codes": ("llama", {"int8"}, [{"use": "ecrtn", "bits": 5, **ALL}]),
     "factors": ("llama", {"dense", "two products"}, [SVD]),
     "packed factors": ("llama", {"dense", "two products"}, [SVD, {"use": "rtn"}]),
     "sparse": ("llama", {"dense", "csr"}, [{"use": "magnitude", "sparsity": 0.8}]),
