@@ -339,6 +339,11 @@ def choose(
     return ModellingFile(anatomy, specs, model_class, config)
 
 
+def shapes_of(weight: Weight) -> dict[str, tuple[list[int], str]]:
+    """Shape and dtype of each of a weight's tensors, by name."""
+    return {k: (list(t.shape), str(t.dtype).split(".")[1]) for k, t in weight.tensors.items()}
+
+
 def auto_classes(model_class: type[Any], config: Any) -> list[str]:
     """The transformers Auto classes that would load this model class."""
     found = []

@@ -23,7 +23,18 @@ from compress.assemble import assemble
 from compress.errors import ModelError
 from compress.formats import plain_classes
 from compress.source import Original, Source, model_class, open_file, read_config, read_json
-from compress.weights import NF4, Dense, Float8, Int8, LowRank, Quantized, Sum, Weight, layouts
+from compress.weights import (
+    NF4,
+    Dense,
+    Float8,
+    Huffman,
+    Int8,
+    LowRank,
+    Quantized,
+    Sum,
+    Weight,
+    layouts,
+)
 from compress.weights.base import spec_of
 
 UNPACKED = ("gptq", "awq")  # quant_methods that ``load`` reads by way of this module
@@ -105,7 +116,8 @@ class Stored(Source):
         sites = getattr(self.config, "compressed_sites", {})
         if site.name in sites:
             known = sites[site.name]
-            return Weight.restore(known["spec"], self._parts(site, known["tensors"]))
+            weight = Weight.restore(known["spec"], self._parts(site, known["tensors"]))
+            return weight.plain() if isinstance(weight, Huffman) else weight
         parts = self._parts(site)
         if self.quantization.get("quant_method") == "compressed-tensors":
             return self._compressed_tensors(site, parts)

@@ -39,6 +39,7 @@ from compress.weights import (
     Coded,
     Dense,
     Float8,
+    Huffman,
     Int8,
     LowRank,
     Quantized,
@@ -284,6 +285,7 @@ def starting_weight(kind: str) -> Weight:
         "coded": lambda: Coded.of(
             codes, torch.full((96,), 130).byte(), torch.full((128,), 120).byte(), 0.01, dtype
         ),
+        "huffman": lambda: Huffman.of(packed),
         "float8": lambda: Float8.of(matrix, scale[:, :1], dtype),
         "int8": lambda: Int8.of(matrix, dtype),
         "nf4": lambda: NF4.of(matrix, dtype, block=64, double_quant=False),

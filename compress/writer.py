@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from compress.checkpoint import RECORD
-from compress.formats import Shapes, choose
+from compress.formats import Shapes, choose, shapes_of
 from compress.recipe import Recipe
 from compress.source import COMPANIONS, INDEX, Source
 from compress.store import Blocks, SafetensorsWriter
@@ -126,10 +126,7 @@ class Writer:
                 if isinstance(weight, Sum) and not self.format.holds_sums:
                     weight, *rest = weight.terms
                     adapter.add(site.name, rest, site.layout)
-                shapes[site.name] = {
-                    k: (list(t.shape), str(t.dtype).split(".")[1])
-                    for k, t in weight.tensors.items()
-                }
+                shapes[site.name] = shapes_of(weight)
                 for name, tensor in self.format.tensors(site, weight).items():
                     shards.add(name, tensor)
         shards.close()

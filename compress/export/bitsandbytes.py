@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,11 +13,11 @@ from compress.anatomy import Site
 from compress.checkpoint import load
 from compress.errors import CheckpointError
 from compress.export.base import Exporter, Held, run
-from compress.export.dense import keep_record, uneven
+from compress.export.dense import uneven
+from compress.export.folder import write_folder
 from compress.formats import BitsAndBytes
 from compress.stored import Stored
 from compress.weights import NF4, Dense, Int8, Weight
-from compress.writer import Shards, copy_companions
 
 BLOCK = 64  # weights that share a scale, as bitsandbytes has it by default
 
@@ -56,26 +55,15 @@ class BitsAndBytesExporter(Exporter):
         how = BitsAndBytes(stored.anatomy, specs, stored.model_class, stored.config)
         if reason := how.refusal():
             raise CheckpointError(f"{stored.folder}: bitsandbytes cannot hold it: {reason}")
-        out.mkdir()
-        shards = Shards(out)
         held: dict[str, Held] = {}
-        for block in stored.anatomy.blocks:
-            for site in block.sites:
-                before, weight = stored.weight(site), self._made(stored, site, taken)
-                again: Held = "expanded" if weight.kind == "dense" else "rounded again"
-                held[site.name] = "exactly" if weight.kind == before.kind else again
-                for name, tensor in how.tensors(site, weight).items():
-                    shards.add(name, tensor)
-            inside = {site.parameter for site in block.sites}
-            for name in block.tensors:
-                if name not in inside:
-                    shards.add(name, stored.tensor(name))
-        shards.close()
-        config = stored.plain_config()
-        how.configure(config, {})
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_companions(stored.folder, out)
-        keep_record(stored.folder, out, "bitsandbytes", self.needs)
+
+        def weight(site: Site) -> Weight:
+            before, made = stored.specs[site.name]["kind"], self._made(stored, site, taken)
+            again: Held = "expanded" if made.kind == "dense" else "rounded again"
+            held[site.name] = "exactly" if made.kind == before else again
+            return made
+
+        write_folder(stored, out, how, weight)
         return {"held": held}
 
     def _taken(self, stored: Stored) -> set[str]:

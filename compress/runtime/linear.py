@@ -9,9 +9,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from compress.runtime.matrices import DTYPE, Int4, Int8, Matrix, block_rows, kernel_group
-from compress.weights import Coded, LowRank, Quantized, Sum, Weight
+from compress.weights import Coded, Huffman, LowRank, Quantized, Sum, Weight
 from compress.weights import Int8 as StoredInt8
-from compress.weights.modeling_compressed import decode, round_tokens, unpack_codes, zero_points
+from compress.weights.modeling_compressed import (
+    read_stream,
+    round_tokens,
+    unpack_codes,
+    zero_points,
+)
 
 DENSITY = 0.25  # above it CSR takes more bytes than the matrix, and little less time
 
@@ -125,6 +130,8 @@ def matrix_of(weight: Weight, dtype: torch.dtype) -> Matrix:
         return _integers(weight)
     if isinstance(weight, StoredInt8):
         return Int8(weight.tensors["codes"], weight.tensors["SCB"].float() / 127)
+    if isinstance(weight, Huffman):
+        return _integers(weight.plain())
     if isinstance(weight, Coded):
         return _coded(weight)
     if isinstance(weight, LowRank):
@@ -169,8 +176,7 @@ def _int4(codes: Tensor, scale: Tensor, zero: Tensor, stored: int, bits: int) ->
 def _coded(weight: Coded) -> Matrix:
     """Entropy-coded integers with their code undone: the kernels read 4 bits or 8."""
     spec, tensors = weight.spec, weight.tensors
-    none = {name: torch.full_like(tensors[name], 128) for name in ("row", "column")}
-    codes = decode(spec | {"step": 1.0}, tensors | none).short()
+    codes = read_stream(spec, tensors)
     row, column = (torch.exp2((tensors[name].float() - 128) / 8) for name in ("row", "column"))
     low, high = spec["low"], spec["low"] + spec["levels"] - 1
     scale = row * spec["step"]

@@ -2,7 +2,7 @@
 
 from compress.weights.base import Weight
 from compress.weights.bitsandbytes import NF4, Int8
-from compress.weights.coded import Coded
+from compress.weights.coded import Coded, Huffman
 from compress.weights.dense import Dense
 from compress.weights.float8 import Float8
 from compress.weights.lowrank import LowRank, Sum
@@ -14,6 +14,7 @@ __all__ = [
     "Coded",
     "Dense",
     "Float8",
+    "Huffman",
     "Int8",
     "LowRank",
     "Quantized",

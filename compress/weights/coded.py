@@ -5,9 +5,12 @@ from __future__ import annotations
 import zlib
 
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor
 
 from compress.weights.base import Weight, spec_of
+from compress.weights.modeling_compressed import read_stream, unpack_codes
+from compress.weights.quantized import Quantized
 
 
 class Coded(Weight):
@@ -26,12 +29,41 @@ class Coded(Weight):
         cls, codes: Tensor, row: Tensor, column: Tensor, step: float, dtype: torch.dtype
     ) -> Coded:
         """``codes`` [out, in], integers of at most 256 neighbouring values."""
-        low = int(codes.min())
-        levels = int(codes.max()) - low + 1
-        stream, digits = encode(codes.int() - low, levels)
-        numbers = {"low": low, "levels": levels, "digits": digits, "step": step}
+        stream, numbers = encoded(codes)
         tensors = {"stream": stream, "row": row, "column": column}
-        return cls(spec_of("coded", codes, dtype, **numbers), tensors)
+        return cls(spec_of("coded", codes, dtype, **numbers, step=step), tensors)
+
+
+class Huffman(Weight):
+    """A ``Quantized`` whose codes are a stream like that of ``Coded``: the same numbers.
+
+    stream             uint8 [bytes], instead of weight_packed
+    weight_scale, weight_zero_point, weight_shape as they were
+    """
+
+    kind = "huffman"
+
+    @classmethod
+    def of(cls, weight: Quantized) -> Huffman:
+        stream, numbers = encoded(unpack_codes(weight.spec, weight.tensors))
+        tensors = {k: t for k, t in weight.tensors.items() if k != "weight_packed"}
+        return cls(weight.spec | numbers | {"kind": "huffman"}, {"stream": stream, **tensors})
+
+    def plain(self) -> Quantized:
+        """The weight that this was made of, bit for bit."""
+        codes = read_stream(self.spec, self.tensors).to(torch.int8)
+        spec = {k: v for k, v in self.spec.items() if k not in ("low", "levels", "digits")}
+        tensors = {k: t for k, t in self.tensors.items() if k != "stream"}
+        packed = pack_to_int32(codes, spec["bits"])
+        return Quantized(spec | {"kind": "quantized"}, {"weight_packed": packed, **tensors})
+
+
+def encoded(codes: Tensor) -> tuple[Tensor, dict[str, int]]:
+    """The shortest stream of codes, and the numbers that it takes to read it."""
+    low = int(codes.min())
+    levels = int(codes.max()) - low + 1
+    stream, digits = encode(codes.int() - low, levels)
+    return stream, {"low": low, "levels": levels, "digits": digits}
 
 
 def encode(codes: Tensor, levels: int) -> tuple[Tensor, int]:

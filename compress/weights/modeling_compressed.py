@@ -59,9 +59,13 @@ def _quantized(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     The layout is compressed-tensors' ``pack-quantized``: integers q in [−2^(b−1), 2^(b−1)), weight
     = (q − zero_point) · scale; the last group of a row may be short.
     """
+    return _on_grid(unpack_codes(spec, tensors), spec, tensors)
+
+
+def _on_grid(codes: Tensor, spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     scale = tensors["weight_scale"]
     group, columns = spec["group"], spec["shape"][1]
-    q = unpack_codes(spec, tensors).to(scale.dtype)
+    q = codes.to(scale.dtype)
     if "weight_zero_point" in tensors:
         q = q - spread(zero_points(spec, tensors).to(scale.dtype), group, columns)
     return q * spread(scale, group, columns)
@@ -140,14 +144,23 @@ def _float8(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def _coded(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
-    """stream uint8, deflated symbols of ``digits`` codes in base ``levels`` each."""
+    """Codes in a stream, times the step of each weight."""
+    return read_stream(spec, tensors) * steps(spec, tensors["row"], tensors["column"])
+
+
+def _huffman(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """As ``_quantized``, the codes in a stream."""
+    return _on_grid(read_stream(spec, tensors), spec, tensors)
+
+
+def read_stream(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """int32 [out, in] of stream uint8, deflated symbols of ``digits`` codes in base ``levels``."""
     rows, columns = spec["shape"]
     raw = zlib.decompress(tensors["stream"].cpu().numpy().tobytes(), wbits=-15)
     symbols = torch.frombuffer(bytearray(raw), dtype=torch.uint8).int()
     powers = spec["levels"] ** torch.arange(spec["digits"], dtype=torch.int32)
     codes = (symbols[:, None] // powers) % spec["levels"] + spec["low"]
-    codes = codes.view(-1)[: rows * columns].view(rows, columns)
-    return codes * steps(spec, tensors["row"], tensors["column"])
+    return codes.view(-1)[: rows * columns].view(rows, columns)
 
 
 def steps(spec: Spec, row: Tensor, column: Tensor) -> Tensor:
@@ -174,7 +187,7 @@ def _nf4(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
 
 _DECODERS = {"dense": _dense, "sparse": _sparse, "quantized": _quantized, "lowrank": _lowrank,
              "sum": _sum, "float8": _float8, "int8": _int8, "nf4": _nf4,
-             "coded": _coded}  # fmt: skip
+             "coded": _coded, "huffman": _huffman}  # fmt: skip
 
 
 class Compressed(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.export.gguf_blocks import carried
-from compress.weights import Int8, Quantized
+from compress.weights import Huffman, Int8, Quantized, Weight
 from compress.weights.layouts import AWQ_ORDER, from_awq, from_gptq, to_gptq, widened
 from compress.weights.modeling_compressed import unpack_codes
 
@@ -127,3 +127,27 @@ def test_gguf_blocks_of_int8() -> None:
     assert found is not None
     values = gguf.quants.dequantize(found.data, gguf.GGMLQuantizationType.Q8_0)
     torch.testing.assert_close(torch.from_numpy(values), weight.dense(), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("even", [True, False])
+@pytest.mark.parametrize("columns", [96, 97])
+def test_a_huffman_code_and_back(bits: int, even: bool, columns: int) -> None:
+    weight = grid(bits, 32, even, rows=31, columns=columns)
+    coded = Huffman.of(weight)
+    assert torch.equal(Weight.restore(coded.spec, coded.tensors).dense(), weight.dense())
+    back = coded.plain()
+    assert back.spec == weight.spec
+    assert back.tensors.keys() == weight.tensors.keys()
+    assert all(torch.equal(back.tensors[name], weight.tensors[name]) for name in back.tensors)
+
+
+def test_a_huffman_code_takes_what_frequencies_ask_for() -> None:
+    draw = torch.Generator().manual_seed(0)
+    codes = (torch.randn(256, 256, generator=draw) * 1.2 + 8).round().clamp(0, 15).to(torch.uint8)
+    weight = Quantized.pack(codes, torch.ones(256, 1).half(), None, bits=4, group=256,
+                            dtype=torch.float16)  # fmt: skip
+    shares = torch.bincount(codes.flatten().int()) / codes.numel()
+    entropy = -(shares[shares > 0] * shares[shares > 0].log2()).sum()
+    found = 8 * len(Huffman.of(weight).tensors["stream"]) / codes.numel()
+    assert entropy <= found < 1.03 * entropy

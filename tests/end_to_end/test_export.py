@@ -46,6 +46,11 @@ HELD: dict[str, dict[str, set[str]]] = {
         "packed": {"exactly"}, "whole rows": {"exactly"}, "zero-points": {"exactly"},
         "mixed": {"exactly"}, "tables": {"exactly", "expanded"}, "Conv1D": {"exactly", "expanded"},
     },
+    "huffman": {
+        "packed": {"exactly"}, "whole rows": {"exactly"}, "zero-points": {"exactly"},
+        "mixed": {"exactly"}, "a byte a code": {"exactly"}, "tables": {"exactly"},
+        "Conv1D": {"exactly"},
+    },
     "bitsandbytes": {
         "packed": {"exactly", "rounded again"}, "nf4": {"exactly"}, "double": {"exactly"},
         "int8": {"exactly", "rounded again"}, "plain": {"exactly", "rounded again"},
@@ -62,6 +67,7 @@ HELD: dict[str, dict[str, set[str]]] = {
 }  # fmt: skip
 NAMES = {
     "dense": "out",
+    "huffman": "out",
     "transformers": "out",
     "gptq": "out",
     "bitsandbytes": "out",
@@ -97,6 +103,23 @@ def test_codes_come_back_from_gptq_as_they_were(source: Made, apply: Made, tmp_p
         assert torch.equal(there.dense(), back.dense())
     assert after.quantization["checkpoint_format"] == "gptq_v2"
     assert export(tmp_path / "gptq", "dense", tmp_path / "dense")["difference"] < 0.01
+
+
+def test_a_huffman_code_turns_back_into_the_folder(
+    source: Made, apply: Made, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    folder = apply(source("llama"), [{"use": "rtn", "bits": 3}])
+    export(folder, "huffman", tmp_path / "small")
+    export(tmp_path / "small", "transformers", tmp_path / "back")
+    small, back = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "back"))
+    before = load_file(folder / "model.safetensors")
+    assert any(key.endswith(".stream") for key in small)
+    assert before.keys() == back.keys()
+    assert all(torch.equal(before[key], back[key]) for key in before)
+    config = [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "back")]
+    assert config[0]["quantization_config"] == config[1]["quantization_config"]
 
 
 def test_gptq_names_what_has_other_settings(source: Made, apply: Made, tmp_path: Path) -> None:

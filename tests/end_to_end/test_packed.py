@@ -117,12 +117,13 @@ def test_what_the_kernels_do_not_compute_is_refused(
         load(folder, runtime="fast")
 
 
-def test_folders_of_other_toolkits(
-    source: Callable[..., Path], apply: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("layout", ["gptq", "huffman"])
+def test_folders_in_other_layouts(
+    layout: str, source: Callable[..., Path], apply: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder = apply(source("llama"), [{"use": "rtn"}])
-    export(folder, "gptq", tmp_path / "gptq", verify=False)
-    model = load(tmp_path / "gptq", runtime="packed")
+    export(folder, layout, tmp_path / "other", verify=False)
+    model = load(tmp_path / "other", runtime="packed")
     assert "int4" in model.packed_report.kernels.values()
     tokens = torch.arange(40)[None]
     with torch.inference_mode():
