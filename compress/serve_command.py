@@ -24,9 +24,6 @@ def serve(
     server: Annotated[
         str | None, typer.Option(help="transformers or vllm. Default: vllm where it can.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option(help="Run the modelling file in the folder, where it has one.")
-    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Answer OpenAI's clients at http://HOST:PORT/v1, with transformers' server or vLLM's.
@@ -37,7 +34,7 @@ def serve(
 
     from compress.source import resolve
 
-    line = command(resolve(folder), host, port, server, trust_remote_code)
+    line = command(resolve(folder), host, port, server)
     if not quiet:
         screen.print(f"http://{host}:{port}/v1 by {line[2].partition('.')[0]}; Ctrl-C ends it")
         if not chats(resolve(folder)):
@@ -55,9 +52,7 @@ def chats(folder: Path) -> bool:
     return bool(known) or any(file.exists() for file in files)
 
 
-def command(
-    folder: Path, host: str, port: int, server: str | None, trust_remote_code: bool
-) -> list[str]:
+def command(folder: Path, host: str, port: int, server: str | None) -> list[str]:
     """The command line that serves ``folder``.
 
     Raises:
@@ -71,15 +66,12 @@ def command(
     config = read_json(folder / "config.json")
     if not config:
         raise ModelError(f"{folder}: no config.json, so this is not a model folder")
-    own_code = "auto_map" in config
-    if own_code and not trust_remote_code:
+    if "auto_map" in config:  # transformers' server looks the class up in transformers alone
         raise ModelError(
-            f"{folder} brings its own modelling file, which a server runs only with "
-            f"--trust-remote-code; or write a folder without: compress export {folder} --to dense"
+            f"{folder} brings its own modelling file, which servers do not run; write a folder "
+            f"without one: compress export {folder} --to dense --out DIR"
         )
-    if server is None:
-        server = "vllm" if find_spec("vllm") and not own_code else "transformers"
-    trust = ["--trust-remote-code"] if own_code else []
+    server = server or ("vllm" if find_spec("vllm") else "transformers")
     start = [sys.executable, "-m"]
     where = ["--host", host, "--port", str(port)]
     if server == "vllm":
@@ -99,4 +91,4 @@ def command(
             f"{' and '.join(missing)} not installed, which transformers' server needs: "
             "pip install 'compresskit[serve]'"
         )
-    return [*start, "transformers.cli.transformers", "serve", str(folder), *where, *trust]
+    return [*start, "transformers.cli.transformers", "serve", str(folder), *where]

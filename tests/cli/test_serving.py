@@ -64,7 +64,7 @@ def test_a_server_is_not_given_what_it_cannot_load(tmp_path: Path, compress: Run
     (tmp_path / "config.json").write_text('{"auto_map": {"AutoConfig": "modeling.X"}}')
     answer = compress("serve", tmp_path)
     assert answer.code == 3
-    assert "--trust-remote-code" in answer.line
+    assert "modelling file" in answer.line
     assert f"compress export {tmp_path} --to dense" in answer.line
     assert compress("serve", "demo", "--server", "mine").code == 2
 
