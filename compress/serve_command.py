@@ -77,14 +77,8 @@ def command(folder: Path, host: str, port: int, server: str | None) -> list[str]
     if server == "vllm":
         if not find_spec("vllm"):
             raise CheckpointError("vllm is not installed: pip install vllm")
-        return [
-            *start,
-            "vllm.entrypoints.openai.api_server",
-            "--model",
-            str(folder),
-            *where,
-            *trust,
-        ]
+        module = "vllm.entrypoints.openai.api_server"
+        return [*start, module, "--model", str(folder), *where]
     missing = [name for name in ("fastapi", "uvicorn") if not find_spec(name)]
     if missing:
         raise CheckpointError(
