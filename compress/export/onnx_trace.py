@@ -126,14 +126,9 @@ def _keys_and_values(model: Any, batch: int, length: int) -> list[tuple[Tensor, 
 
     cache = DynamicCache(config=model.config)
     tokens = torch.zeros(batch, length, dtype=torch.int64)
-    with _symbolic_runs(), torch.no_grad():
+    with torch.no_grad():  # nodes of torch.onnx.ops.symbolic put out zeros of their shape
         model(input_ids=tokens, past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
-
-
-@contextlib.contextmanager
-def _symbolic_runs() -> Iterator[None]:
-    yield  # nodes of torch.onnx.ops.symbolic put out zeros of their shape when they are run
 
 
 def _renamed(program: Any, cached: bool) -> None:
