@@ -26,8 +26,8 @@ LAYERS = (
     "stored",
     "calibration", "sensitivity", "layerwise", "preflight", "plain_load", "writer", "workdir",
     "verify", "wiring", "heads", "rotation", "transform", "narrowing", "shortening", "structure",
-    "run", "plan", "export", "api", "testing", "arguments", "display", "hub", "plan_command",
-    "export_command", "cli",
+    "run", "plan", "export", "runtime", "api", "testing", "arguments", "display", "hub",
+    "plan_command", "export_command", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 

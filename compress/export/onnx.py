@@ -16,7 +16,6 @@ from compress.stored import Stored
 from compress.writer import copy_companions
 
 DATA = f"{onnx_session.FILE}.data"
-EXACT = "exact.onnx"
 
 
 class OnnxExporter(Exporter):
@@ -65,18 +64,8 @@ class OnnxExporter(Exporter):
 
     def logits(self, out: Path, tokens: Tensor) -> Tensor:
         """By the kernels that round nothing, whatever the option says."""
-        onnx = required("onnx", "onnx")
-        proto = onnx.load(out / onnx_session.FILE, load_external_data=False)
-        for node in proto.graph.node:
-            for attribute in node.attribute:
-                if attribute.name == "accuracy_level":
-                    attribute.i = 0
-        exact = out / EXACT
-        onnx.save(proto, exact)
-        try:
-            return onnx_session.logits(exact, tokens)
-        finally:
-            exact.unlink()
+        with onnx_session.unrounded(out / onnx_session.FILE) as file:
+            return onnx_session.logits(file, tokens)
 
     def other_logits(self, out: Path, tokens: Tensor) -> dict[str, Tensor]:
         if not self.int8_activations:

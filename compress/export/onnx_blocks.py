@@ -3,8 +3,8 @@
 A row is cut into blocks of a power of two of neighbouring weights, which share a scale and maybe a
 zero-point: weight = (code − zero) · scale, with codes of 2, 4 or 8 bits, the first in a byte's low
 bits (ContribOperators.md of onnxruntime). A group of ours that is a whole number of blocks repeats
-its scale in each of them, so every number moves over as it is; a grid of 3 bits takes nodes of 4, one
-of 5 to 7 those of 8.
+its scale in each of them, so every number moves over as it is; a grid of 3 bits takes nodes of 4,
+one of 5 to 7 those of 8.
 """
 
 from __future__ import annotations

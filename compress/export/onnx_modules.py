@@ -1,4 +1,4 @@
-"""What takes a site's place while a model is traced to ONNX: modules that hold a weight as it is stored.
+"""Modules that stand for sites while a model is traced to ONNX, with weights as they are stored.
 
 ``torch.onnx.ops.symbolic`` stands for one node of onnxruntime, so packed weights are never unpacked
 and the traced graph needs no rewriting. Plain matrices keep their own dtype; onnxruntime casts them
@@ -7,17 +7,22 @@ to float32 once, when it loads them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.export.base import Held
+from compress.export import base
 from compress.export.onnx_blocks import NBits, carried
 from compress.weights import LowRank, Sum, Weight
 
 
 class Plain(nn.Module):
     """x ↦ x · matrix [in, out] + bias."""
+
+    matrix: Tensor
+    bias: Tensor | None
 
     def __init__(self, matrix: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -30,7 +35,10 @@ class Plain(nn.Module):
 
 
 class Table(nn.Module):
-    """Rows of a matrix [rows, width] in any dtype; as a head, x ↦ x · matrixᵀ + bias."""
+    """Rows of a matrix [rows, width]; ``head``: x ↦ x · matrixᵀ + bias instead."""
+
+    matrix: Tensor
+    bias: Tensor | None
 
     def __init__(self, matrix: Tensor, bias: Tensor | None = None, *, head: bool = False) -> None:
         super().__init__()
@@ -44,51 +52,54 @@ class Table(nn.Module):
         return functional.embedding(x, self.matrix).float()
 
 
-class Packed(nn.Module):
-    """One ``MatMulNBits`` node; ``level`` 4 also rounds what it reads to 8 bits, a block at a time."""
+class Held(nn.Module):
+    """A packed matrix: codes, scale and zero as in ``NBits``."""
 
-    def __init__(self, weight: NBits, bias: Tensor | None, level: int) -> None:
-        super().__init__()
-        _hold(self, weight)
-        self.register_buffer("bias", bias)
-        rows, columns = weight.shape
-        self.numbers = {
-            "N": rows, "K": columns, "bits": weight.bits, "block_size": weight.block,
-            "accuracy_level": level,
-        }  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        inputs = [x, self.codes, self.scale.float(), self.zero, None, self.bias]
-        while inputs[-1] is None:
-            inputs.pop()
-        shape = (*x.shape[:-1], self.numbers["N"])
-        return torch.onnx.ops.symbolic(
-            "com.microsoft::MatMulNBits", inputs, self.numbers, dtype=x.dtype, shape=shape, version=1
-        )
-
-
-class PackedTable(nn.Module):
-    """One ``GatherBlockQuantized`` node: rows of a packed matrix."""
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
 
     def __init__(self, weight: NBits) -> None:
         super().__init__()
-        _hold(self, weight)
-        self.width = weight.shape[1]
-        self.padded = weight.block * weight.scale.shape[1]
-        self.numbers = {
-            "bits": weight.bits, "block_size": weight.block, "gather_axis": 0, "quantize_axis": 1
-        }  # fmt: skip
+        for name in ("codes", "scale", "zero"):
+            self.register_buffer(name, getattr(weight, name))
+        self.shape = weight.shape
+        self.numbers: dict[str, Any] = {"bits": weight.bits, "block_size": weight.block}
+
+
+class Packed(Held):
+    """One ``MatMulNBits`` node; at ``level`` 4 it rounds each block that it reads to 8 bits."""
+
+    bias: Tensor | None
+
+    def __init__(self, weight: NBits, bias: Tensor | None, level: int) -> None:
+        super().__init__(weight)
+        self.register_buffer("bias", bias)
+        self.numbers |= {"N": self.shape[0], "K": self.shape[1], "accuracy_level": level}
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs = [x, self.codes.flatten(1), self.scale.float(), self.zero]
-        inputs = [inputs[1], inputs[0], *inputs[2:]]
-        if inputs[-1] is None:
-            inputs.pop()
-        rows = torch.onnx.ops.symbolic(
-            "com.microsoft::GatherBlockQuantized", inputs, self.numbers,
-            dtype=torch.float32, shape=(*x.shape, self.padded), version=1,
-        )  # fmt: skip
-        return rows[..., : self.width]
+        inputs = [x, self.codes, self.scale.float(), self.zero, None, self.bias]
+        return _node("MatMulNBits", inputs, self.numbers, (*x.shape[:-1], self.shape[0]))
+
+
+class PackedTable(Held):
+    """One ``GatherBlockQuantized`` node: rows of a packed matrix."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = [self.codes.flatten(1), x, self.scale.float(), self.zero]
+        numbers = self.numbers | {"gather_axis": 0, "quantize_axis": 1}
+        width = self.scale.shape[1] * self.numbers["block_size"]
+        rows = _node("GatherBlockQuantized", inputs, numbers, (*x.shape, width))
+        return rows[..., : self.shape[1]]
+
+
+def _node(name: str, inputs: list[Tensor | None], numbers: dict[str, Any], shape: Any) -> Tensor:
+    """One node of onnxruntime's own; without onnxruntime its output is zeros."""
+    while inputs[-1] is None:
+        inputs.pop()
+    return torch.onnx.ops.symbolic(
+        f"com.microsoft::{name}", inputs, numbers, dtype=torch.float32, shape=shape, version=1
+    )
 
 
 class Added(nn.Module):
@@ -127,7 +138,7 @@ def table(weight: Weight) -> nn.Module:
 
 
 def head(table: nn.Module, weight: Weight, bias: Tensor | None, level: int) -> nn.Module:
-    """An output head that is tied to ``table``, whose tensors it shares where both have the same."""
+    """An output head that is tied to ``table`` and shares its tensors."""
     if isinstance(table, Table):
         return Table(table.matrix, bias, head=True)
     module = linear(weight, bias, level)
@@ -137,7 +148,7 @@ def head(table: nn.Module, weight: Weight, bias: Tensor | None, level: int) -> n
     return module
 
 
-def held(weight: Weight) -> Held:
+def held(weight: Weight) -> base.Held:
     """How ``linear`` and ``table`` hold a weight."""
     if isinstance(weight, LowRank):
         return max(held(weight.left), held(weight.right), key=("exactly", "expanded").index)
@@ -150,8 +161,3 @@ def held(weight: Weight) -> Held:
 
 def _matrix(weight: Weight) -> Tensor:
     return weight.dense().to(weight.dtype)
-
-
-def _hold(module: nn.Module, weight: NBits) -> None:
-    for name in ("codes", "scale", "zero"):
-        module.register_buffer(name, getattr(weight, name))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -13,20 +16,20 @@ from compress.errors import CheckpointError, first_line
 from compress.export.base import required
 
 FILE = "model.onnx"
-Cache = list[Any]  # onnxruntime's values: keys and values of each layer, [batch, heads, past, width]
+Cache = list[Any]  # onnxruntime's: keys and values of layers, [batch, heads, past, width]
 
 
 class Session:
-    """``model.onnx`` opened on the CPU, with as many threads as torch has.
+    """``model.onnx`` opened on the CPU, with as many threads as torch has unless told.
 
     Raises:
         CheckpointError: onnxruntime is not installed, or does not take the file.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, threads: int | None = None) -> None:
         self.runtime = required("onnxruntime", "onnx")
         options = self.runtime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads or torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         try:
@@ -43,9 +46,7 @@ class Session:
         self.names = [name for name in inputs if name not in self.past]
         self.outputs = [value.name for value in self.session.get_outputs()]
 
-    def run(
-        self, feeds: dict[str, Tensor], cache: Cache | None = None
-    ) -> tuple[Tensor, Cache]:
+    def run(self, feeds: dict[str, Tensor], cache: Cache | None = None) -> tuple[Tensor, Cache]:
         """The first output, float32, and the cache with what was read; feeds of other names are
         passed over."""
         binding = self.session.io_binding()
@@ -87,6 +88,21 @@ def text_feeds(tokens: Tensor, mask: Tensor | None = None, past: int = 0) -> dic
         "token_type_ids": torch.zeros_like(tokens),
         "position_ids": positions(mask, length),
     }
+
+
+@contextmanager
+def unrounded(file: Path) -> Iterator[Path]:
+    """The same model with kernels that round nothing that they read; gone afterwards."""
+    onnx = required("onnx", "onnx")
+    proto = onnx.load(file, load_external_data=False)
+    for node in proto.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = 0
+    with NamedTemporaryFile(dir=file.parent, suffix=file.suffix) as copy:  # beside its data
+        copy.write(proto.SerializeToString())
+        copy.flush()
+        yield Path(copy.name)
 
 
 def logits(file: Path, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A model folder as an ONNX graph: the plain architecture, traced with its weights as they are stored."""
+"""A model folder as an ONNX graph: the architecture, traced with weights as they are stored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.blockwise import dense_tensor, put
@@ -120,11 +120,11 @@ def example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return inputs, shapes
 
 
-def _keys_and_values(model: Any, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
+def _keys_and_values(model: Any, batch: int, length: int) -> list[tuple[Any, Any]]:
     """What each layer puts into its cache, of the shape that it has; the numbers do not matter."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
+    cache: Any = DynamicCache(config=model.config)
     tokens = torch.zeros(batch, length, dtype=torch.int64)
     with torch.no_grad():  # nodes of torch.onnx.ops.symbolic put out zeros of their shape
         model(input_ids=tokens, past_key_values=cache, use_cache=True)
