@@ -132,24 +132,31 @@ def _keys_and_values(model: Any, batch: int, length: int) -> list[tuple[Any, Any
 
 
 def _renamed(program: Any, cached: bool) -> None:
-    """Names and symbols as other exporters give them; nothing of where and when it was traced."""
+    """Names as other exporters give them; nothing of where and when it was traced, or between."""
     graph = program.graph
-    if not cached:
-        graph.outputs[0].name = "logits"
-    for values, start, word in ((graph.inputs, "input", "past_key_values"),
-                                (graph.outputs, "output", "present")):  # fmt: skip
-        for value in values:
-            parts = value.name.removeprefix(f"{start}.").split(".")
-            if parts[0] == "past_key_values":
-                value.name = f"{word}.{parts[2]}.{parts[3].removesuffix('s')}"
     for node in graph.all_nodes():
         node.metadata_props.clear()
         for value in node.outputs:
             value.metadata_props.clear()
-    for value in (*graph.inputs, *graph.initializers.values()):
-        value.metadata_props.clear()
-    program.metadata_props.clear()
-    graph.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None  # onnxruntime works them out
+    for thing in (program, graph, *graph.inputs, *graph.initializers.values()):
+        thing.metadata_props.clear()
+    for value in (*graph.inputs, *graph.outputs):
+        parts = value.name.removeprefix("input.").removeprefix("output.").split(".")
+        if parts[0] == "past_key_values":
+            word = "past_key_values" if value.is_graph_input() else "present"
+            value.name = f"{word}.{parts[2]}.{parts[3].removesuffix('s')}"
+            names = ["batch", "heads", "past" if value.is_graph_input() else "total", "width"]
+        else:
+            total = cached and value.name == "attention_mask"
+            names = ["batch", "total" if total else "length", *"abc"]
+        value.shape = type(value.shape)(
+            dim if isinstance(dim, int) else name
+            for dim, name in zip(value.shape, names, strict=False)
+        )
+    if not cached:
+        graph.outputs[0].name = "logits"
 
 
 @contextlib.contextmanager

@@ -104,9 +104,9 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         feeds |= {name: tensor for name, tensor in given.items() if tensor is not None}
         logits, past.values = self.session.run(feeds, past.values)
         cache: Any = past if self.session.past else None
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
-    def prepare_inputs_for_generation(
+    def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, past_key_values: OnnxCache, attention_mask: Any = None, **_: Any
     ) -> dict[str, Any]:
         """What ``forward`` reads next of ``input_ids`` [batch, all tokens so far]."""
