@@ -3,7 +3,7 @@
     python -m eval.benchmarks.onnx_runtime
     python -m eval.benchmarks.onnx_runtime --layers 8 --only dense-bf16,onnx-int4
 
-Makes a random-weight Llama (312M parameters at 24 layers), rounds it with `rtn` to 8 and to 4 bits
+Makes a random-weight Llama (353M parameters at 12 layers), rounds it with `rtn` to 8 and to 4 bits
 in groups of 32, embedding and head included, and exports dense, 8-bit and 4-bit weights to ONNX and
 to GGUF, which hold the same integers. Each row is measured in a process of its own, on one thread:
 milliseconds of a pass over 128 tokens and of one token after it, medians; the growth of resident
@@ -64,8 +64,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", type=int, default=24)
-    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--only", default=",".join(ROWS), help="rows, by name")
     parser.add_argument("--folder", type=Path, help="keep the models here, and use those there")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
