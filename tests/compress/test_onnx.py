@@ -1,4 +1,4 @@
-"""The onnx exporter and runtime: our integers in onnxruntime's nodes, logits, caches, generation."""
+"""The onnx exporter and runtime: our integers in nodes, logits, caches, generation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from compress.stored import Stored
 from compress.verify import relative_difference
 from compress.weights import Int8, LowRank, Quantized, Weight
 from compress.weights.modeling_compressed import unpack_codes
-
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -258,11 +257,11 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export(tmp_path / "t5", "onnx", tmp_path / "out")
     tiny.save(tmp_path / "llama", "LlamaForCausalLM", tiny.LLAMA)
     monkeypatch.setattr(onnx_trace, "required", Broken)
-    with pytest.raises(CheckpointError, match="does not export LlamaForCausalLM.*no such node"):
+    with pytest.raises(CheckpointError, match=r"does not export LlamaForCausalLM.*no such node"):
         export(tmp_path / "llama", "onnx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (tmp_path / "bad.onnx").write_bytes(b"no graph")
-    with pytest.raises(CheckpointError, match="onnxruntime .* does not load it"):
+    with pytest.raises(CheckpointError, match=r"onnxruntime .* does not load it"):
         onnx_session.Session(tmp_path / "bad.onnx")
 
 
