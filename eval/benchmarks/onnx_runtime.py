@@ -1,16 +1,17 @@
 """Speed, bytes, memory and logits of one model in onnxruntime, transformers and llama.cpp.
 
     python -m eval.benchmarks.onnx_runtime
-    python -m eval.benchmarks.onnx_runtime --layers 8 --only dense-bf16,onnx-int4
+    python -m eval.benchmarks.onnx_runtime --layers 4 --only dense-bf16,onnx-int4
 
 Makes a random-weight Llama (353M parameters at 12 layers), rounds it with `rtn` to 8 and to 4 bits
-in groups of 32, embedding and head included, and exports dense, 8-bit and 4-bit weights to ONNX and
+in groups of 64, embedding and head included, and exports dense, 8-bit and 4-bit weights to ONNX and
 to GGUF, which hold the same integers. Each row is measured in a process of its own, on one thread:
-milliseconds of a pass over 128 tokens and of one token after it, medians; the growth of resident
-memory while it loads and runs (mapped files count); and ‖logits − those of the same weights in
-float32 by transformers‖ / ‖these‖ of the 128 tokens. "float" rows read 32-bit activations, the
-others of onnxruntime round them to 8 bits as llama.cpp does. Others' work on the machine is noise:
-the load average is printed, and only ratios of rows mean anything.
+tokens a second of a pass over 128 tokens, and of single tokens after the first few, as llama-bench
+reads them; the growth of resident memory while it loads and runs (mapped files count); and
+‖logits − those of the same weights in float32 by transformers‖ / ‖these‖ of the 128 tokens. Seconds
+are of the processor, medians, since others may work on the machine; the load average is printed,
+and only ratios of rows mean anything. "float" rows read 32-bit activations; the others of
+onnxruntime round them to 8 bits, as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -34,14 +35,17 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import compress
+from compress.blockwise import put
 from compress.export import llama, onnx_session
 from compress.export.export import export
 from compress.source import DEMO
+from compress.stored import Stored
 from compress.verify import relative_difference
 
 VOCABULARY = 2048
 PROMPT = 128
-TOKENS = 24
+FIRST = 8  # tokens before those that are read one at a time
+TOKENS = 40
 PREFILLS = 5
 SECONDS = 20.0  # for the tokens of one row; slow ones read fewer
 Step = Callable[[Tensor, int], Tensor]  # (tokens [1, length], how many came before) → logits
@@ -108,22 +112,34 @@ def make(folder: Path, wanted: set[tuple[str, str]], layers: int, width: int) ->
             shutil.copy(DEMO / name, folder / "dense")
     for weights in sorted({weights for weights, _ in wanted}):
         if not (folder / weights).is_dir():
-            stage = {"use": "rtn", "bits": int(weights[-1]), "group": 32, "targets": ["all"]}
+            stage = {"use": "rtn", "bits": int(weights[-1]), "targets": ["all"]}
             compress.apply(
                 {"stages": [stage]}, model=str(folder / "dense"), out=folder / weights, verify=False
             )
         expected = folder / f"{weights}.pt"
         if not expected.exists():
-            model = compress.load(folder / weights, dtype=torch.float32)
+            model = in_float32(folder / weights)
             with torch.no_grad():
                 torch.save(model(prompt()).logits, expected)
             del model
     for weights, how in sorted(wanted):
         out = exported(folder, weights, how)
         if out is not None and not out.exists():
-            start = time.perf_counter()
+            seconds = time.process_time()
             export(folder / weights, "gguf" if how == "gguf" else "onnx", out, verify=False)
-            print(f"{out.name}: {time.perf_counter() - start:.0f} s to export", file=sys.stderr)
+            seconds = time.process_time() - seconds
+            print(f"{out.name}: {seconds:.0f} s to export", file=sys.stderr)
+
+
+def in_float32(folder: Path) -> Any:
+    """The model with every weight at what it stands for; ``compress.load`` rounds to 16 bits."""
+    stored = Stored(folder)
+    model: Any = stored.new_skeleton()
+    for name, tensor in stored.others().items():
+        put(model, stored.anatomy, name, tensor.float())
+    for site in stored.anatomy.sites:
+        put(model, stored.anatomy, site.parameter, stored.weight(site).dense())
+    return model
 
 
 def exported(folder: Path, weights: str, how: str) -> Path | None:
@@ -162,8 +178,9 @@ def measured(weights: str, how: str, *, folder: Path) -> dict[str, Any]:
     difference = relative_difference(logits.float().flatten(), expected.flatten())
     prefill = [timed(step, prompt(), 0) for _ in range(PREFILLS)]
     decode: list[float] = []
-    for number in range(TOKENS):
-        decode.append(timed(step, prompt()[:, number : number + 1], PROMPT + number))
+    step(prompt()[:, :FIRST], 0)
+    for number in range(FIRST, FIRST + TOKENS):
+        decode.append(timed(step, prompt()[:, number : number + 1], number))
         if sum(decode) > SECONDS:
             break
     return {
@@ -177,9 +194,9 @@ def measured(weights: str, how: str, *, folder: Path) -> dict[str, Any]:
 
 
 def timed(step: Step, tokens: Tensor, past: int) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     step(tokens, past)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def size(path: Path) -> int:
@@ -219,7 +236,7 @@ def in_onnxruntime(folder: Path, how: str) -> Step:
 
 
 def in_llama_cpp(file: Path) -> Step:
-    model = llama.opened(file, PROMPT + TOKENS)
+    model = llama.opened(file, PROMPT)
 
     def step(tokens: Tensor, past: int) -> Tensor:
         if not past:
