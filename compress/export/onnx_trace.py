@@ -70,17 +70,21 @@ def traced(model: Any, where: str) -> Any:
     required("onnxscript", "onnx")
     exporters = required("transformers.exporters.exporter_onnx", "onnx")
     inputs, shapes = example(model)
-    config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu")
-    try:
-        with _quiet():
-            program = exporters.OnnxExporter().export(model, inputs, config=config).program
-    except Exception as error:
+    for fusions in ("cpu", None):  # of norms and rotations; some graphs upset them
+        config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=fusions)
+        try:
+            with _quiet():
+                made = exporters.OnnxExporter().export(model, dict(inputs), config=config)
+            break
+        except Exception as error:
+            failure = error
+    else:
         raise CheckpointError(
             f"{where}: transformers does not export {type(model).__name__} to ONNX: "
-            f"{type(error).__name__}: {first_line(error, 200)}"
-        ) from error
-    _renamed(program, caches(model))
-    return program
+            f"{type(failure).__name__}: {first_line(failure, 200)}"
+        ) from failure
+    _renamed(made.program, caches(model))
+    return made.program
 
 
 def caches(model: Any) -> bool:
@@ -111,7 +115,7 @@ def example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     if past:
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=model.config)
+        cache = DynamicCache()
         with torch.no_grad():
             for number, (keys, values) in enumerate(_keys_and_values(model, batch, past)):
                 cache.update(keys, values, number)
@@ -121,10 +125,13 @@ def example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _keys_and_values(model: Any, batch: int, length: int) -> list[tuple[Any, Any]]:
-    """What each layer puts into its cache, of the shape that it has; the numbers do not matter."""
+    """What each layer puts into its cache, of the shape that it has; the numbers do not matter.
+
+    Layers with a sliding window keep all tokens as well; the mask leaves out what is too old.
+    """
     from transformers import DynamicCache
 
-    cache: Any = DynamicCache(config=model.config)
+    cache: Any = DynamicCache()
     tokens = torch.zeros(batch, length, dtype=torch.int64)
     with torch.no_grad():  # nodes of torch.onnx.ops.symbolic put out zeros of their shape
         model(input_ids=tokens, past_key_values=cache, use_cache=True)
