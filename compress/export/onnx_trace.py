@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from compress.blockwise import dense_tensor, put
@@ -69,12 +70,14 @@ def traced(model: Any, where: str) -> Any:
     """
     required("onnxscript", "onnx")
     exporters = required("transformers.exporters.exporter_onnx", "onnx")
-    inputs, shapes = example(model)
     for fusions in ("cpu", None):  # of norms and rotations; some graphs upset them
-        config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=fusions)
         try:
             with _quiet():
-                made = exporters.OnnxExporter().export(model, dict(inputs), config=config)
+                inputs, shapes = example(model)
+                config = exporters.OnnxConfig(
+                    dynamic=True, dynamic_shapes=shapes, ort_fusions=fusions
+                )
+                made = exporters.OnnxExporter().export(model, inputs, config=config)
             break
         except Exception as error:
             failure = error
@@ -113,29 +116,22 @@ def example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         inputs["position_ids"] = torch.arange(past, past + length).repeat(batch, 1)
     shapes = {name: {0: AUTO, 1: AUTO} for name in inputs}
     if past:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        with torch.no_grad():
-            for number, (keys, values) in enumerate(_keys_and_values(model, batch, past)):
-                cache.update(keys, values, number)
+        cache = _cache(model, batch, past)
         inputs["past_key_values"] = cache
         shapes["past_key_values"] = [{0: AUTO, 2: AUTO} for _ in range(2 * len(cache.layers))]
     return inputs, shapes
 
 
-def _keys_and_values(model: Any, batch: int, length: int) -> list[tuple[Any, Any]]:
-    """What each layer puts into its cache, of the shape that it has; the numbers do not matter.
+def _cache(model: Any, batch: int, length: int) -> DynamicCache:
+    """A cache as the model leaves it; its numbers do not matter.
 
     Layers with a sliding window keep all tokens as well; the mask leaves out what is too old.
     """
-    from transformers import DynamicCache
-
-    cache: Any = DynamicCache()
+    cache = DynamicCache()
     tokens = torch.zeros(batch, length, dtype=torch.int64)
     with torch.no_grad():  # nodes of torch.onnx.ops.symbolic put out zeros of their shape
         model(input_ids=tokens, past_key_values=cache, use_cache=True)
-    return [(layer.keys, layer.values) for layer in cache.layers]
+    return cache
 
 
 def _renamed(program: Any, cached: bool) -> None:
