@@ -5,12 +5,12 @@
 
 Makes a random-weight Llama (353M parameters at 12 layers), rounds it with `rtn` to 8 and to 4 bits
 in groups of 64, embedding and head included, and exports dense, 8-bit and 4-bit weights to ONNX and
-to GGUF, which hold the same integers. Each row is measured in a process of its own, on one thread:
-tokens a second of a pass over 128 tokens, and of single tokens after the first few, as llama-bench
-reads them; the growth of resident memory while it loads and runs (mapped files count); and
-‖logits − those of the same weights in float32 by transformers‖ / ‖these‖ of the 128 tokens. Seconds
-are of the processor, medians, since others may work on the machine; the load average is printed,
-and only ratios of rows mean anything. "float" rows read 32-bit activations; the others of
+to GGUF, which hold the same integers. In a process of its own each row shows ‖logits − those of the
+same weights in float32 by transformers‖ / ‖these‖ of 128 tokens, and the growth of resident memory
+as it loads and reads them (mapped files count). Then one process on one thread opens all of them,
+and they take turns: 128 tokens at once, and single tokens after the first few, as llama-bench does.
+Seconds are of the processor, medians, since others may work on the machine; the load average is
+printed, and only ratios of rows mean anything. "float" rows read 32-bit activations; the others of
 onnxruntime round them to 8 bits, as llama.cpp does.
 """
 
@@ -45,9 +45,8 @@ from compress.verify import relative_difference
 VOCABULARY = 2048
 PROMPT = 128
 FIRST = 8  # tokens before those that are read one at a time
-TOKENS = 40
-PREFILLS = 5
-SECONDS = 20.0  # for the tokens of one row; slow ones read fewer
+TOKENS = 24
+PREFILLS = 3
 Step = Callable[[Tensor, int], Tensor]  # (tokens [1, length], how many came before) → logits
 
 # name → (weights, how they run)
@@ -72,20 +71,23 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--only", default=",".join(ROWS), help="rows, by name")
     parser.add_argument("--folder", type=Path, help="keep the models here, and use those there")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.child:
-        print(json.dumps(measured(*arguments.child, folder=arguments.folder)))
+        names = arguments.child.split(",")
+        found = (
+            held(names[0], arguments.folder) if len(names) == 1 else speeds(names, arguments.folder)
+        )
+        print(json.dumps(found))
         return
     names = [name for name in arguments.only.split(",") if runs(ROWS[name][1])]
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         make(folder, {ROWS[name] for name in names}, arguments.layers, arguments.width)
-        rows = {}
-        for name in names:
-            rows[name] = in_a_process(*ROWS[name], folder)
-            print(f"{name}: {rows[name]}", file=sys.stderr)
+        rows = {name: in_a_process(name, folder) for name in names}
+        for name, found in in_a_process(",".join([*names, ""]), folder).items():
+            rows[name] |= found
     show(rows)
 
 
@@ -152,44 +154,56 @@ def prompt() -> Tensor:
     return (torch.arange(1, PROMPT + 1) * 7919 % VOCABULARY)[None]
 
 
-def in_a_process(weights: str, how: str, folder: Path) -> dict[str, Any]:
+def in_a_process(names: str, folder: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "eval.benchmarks.onnx_runtime", "--folder", str(folder),
-               "--child", weights, how]  # fmt: skip
+               "--child", names]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode and not done.stdout.strip():  # llama.cpp's bindings complain at exit
-        raise SystemExit(f"{weights} by {how}: {done.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(f"{names}: {done.stderr.strip().splitlines()[-1]}")
+    print(done.stdout.strip(), file=sys.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measured(weights: str, how: str, *, folder: Path) -> dict[str, Any]:
-    """One row, in this process."""
-    process = psutil.Process()
-    expected = torch.load(folder / f"{weights}.pt")
-    before = process.memory_info().rss
+def opened(name: str, folder: Path) -> tuple[Step, Path]:
+    """How a row reads, and the file or folder that it reads."""
+    weights, how = ROWS[name]
     out = exported(folder, weights, how)
-    file = out or folder / weights
-    step = (
-        in_llama_cpp(file)
-        if how == "gguf"
-        else (in_onnxruntime(file, how) if out else in_transformers(file, how))
-    )
+    if out is None:
+        return in_transformers(folder / weights, how), folder / weights
+    return (in_llama_cpp(out) if how == "gguf" else in_onnxruntime(out, how)), out
+
+
+def held(name: str, folder: Path) -> dict[str, Any]:
+    """Bytes, memory and logits of one row, alone in this process."""
+    process = psutil.Process()
+    expected = torch.load(folder / f"{ROWS[name][0]}.pt")
+    before = process.memory_info().rss
+    step, file = opened(name, folder)
     logits = step(prompt(), 0)
-    difference = relative_difference(logits.float().flatten(), expected.flatten())
-    prefill = [timed(step, prompt(), 0) for _ in range(PREFILLS)]
-    decode: list[float] = []
-    step(prompt()[:, :FIRST], 0)
-    for number in range(FIRST, FIRST + TOKENS):
-        decode.append(timed(step, prompt()[:, number : number + 1], number))
-        if sum(decode) > SECONDS:
-            break
     return {
         "bytes": size(file),
         "memory": process.memory_info().rss - before,
-        "difference": difference,
-        "prefill": PROMPT / median(prefill),
-        "decode": 1 / median(decode),
-        "load": os.getloadavg()[0],
+        "difference": relative_difference(logits.float().flatten(), expected.flatten()),
+    }
+
+
+def speeds(names: list[str], folder: Path) -> dict[str, dict[str, float]]:
+    """Tokens a second of all rows, which take turns."""
+    steps = {name: opened(name, folder)[0] for name in names if name}
+    prefill: dict[str, list[float]] = {name: [] for name in steps}
+    decode: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(PREFILLS):
+        for name, step in steps.items():
+            prefill[name].append(timed(step, prompt(), 0))
+    for step in steps.values():
+        step(prompt()[:, :FIRST], 0)
+    for number in range(FIRST, FIRST + TOKENS):
+        for name, step in steps.items():
+            decode[name].append(timed(step, prompt()[:, number : number + 1], number))
+    return {
+        name: {"prefill": PROMPT / median(prefill[name]), "decode": 1 / median(decode[name])}
+        for name in steps
     }
 
 
@@ -250,14 +264,14 @@ def in_llama_cpp(file: Path) -> Step:
 def show(rows: dict[str, dict[str, Any]]) -> None:
     """The table, in Markdown; ratios are to dense bfloat16 in transformers."""
     base = rows.get("dense-bf16", {})
-    print("| | bytes | memory | logits | decode tok/s | × bf16 | prefill tok/s | × bf16 | load |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    print("| | bytes | memory | logits | decode tok/s | × bf16 | prefill tok/s | × bf16 |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in rows.items():
         ratios = [f"{row[key] / base[key]:.2f}" if base else "" for key in ("decode", "prefill")]
         print(
             f"| {name} | {row['bytes'] / 1e6:.0f} MB | {row['memory'] / 1e6:.0f} MB "
             f"| {row['difference']:.1e} | {row['decode']:.1f} | {ratios[0]} "
-            f"| {row['prefill']:.0f} | {ratios[1]} | {row['load']:.1f} |"
+            f"| {row['prefill']:.0f} | {ratios[1]} |"
         )
     print(f"\nload average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; one thread each")
 
