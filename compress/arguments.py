@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,11 +10,15 @@ import yaml
 
 from compress.errors import RecipeError
 
-Recipes = Annotated[list[Path], typer.Argument(metavar="RECIPE…", help="YAML recipe files.")]
+Recipes = Annotated[list[Path] | None, typer.Argument(metavar="RECIPE…", help="YAML recipe files.")]
 Folders = Annotated[list[str], typer.Argument(metavar="DIR…", help="Checkpoint folders, or demo.")]
 Model = Annotated[str | None, typer.Option(help="Folder, hub id, or demo; overrides the recipe.")]
 Data = Annotated[
     str | None, typer.Option(help="demo, a text file or folder, or name:config:split:column.")
+]
+Size = Annotated[
+    str | None,
+    typer.Option(help="30%, 300MB: bits of the first stage by it; without RECIPE gptq of all."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")]
 Sets = Annotated[
@@ -38,6 +41,11 @@ Columns = Annotated[
 Length = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.")]
 
 
+PLANNED: dict[str, Any] = {
+    "stages": [{"use": "gptq", "targets": ["all"]}]
+}  # what --size alone stands for
+
+
 def names(commas: str | None) -> list[str]:
     """``"a, b"`` → ``["a", "b"]``."""
     return [name.strip() for name in (commas or "").split(",") if name.strip()]
@@ -55,26 +63,12 @@ def pairs(commas: str | None, option: str) -> dict[str, str]:
     return found
 
 
-UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
-
-
-def parse_size(size: str, whole: float) -> int:
-    """``30%`` of ``whole``, ``500KB``, ``1.5MiB`` or plain bytes, as bytes.
-
-    Raises:
-        RecipeError: it is none of these, or nothing.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-z]*)\s*", size.lower())
-    if not found or (found[2] != "%" and found[2] not in UNITS):
-        raise RecipeError(f"--size {size}: write a share or bytes, e.g. 30% or 500KB")
-    budget = int(float(found[1]) * (whole / 100 if found[2] == "%" else UNITS[found[2]]))
-    if budget < 1:
-        raise RecipeError(f"--size {size} is nothing")
-    return budget
-
-
 def overrides(
-    model: str | None, data: str | None, seed: int | None, sets: list[str] | None
+    model: str | None,
+    data: str | None,
+    seed: int | None,
+    sets: list[str] | None,
+    size: str | None = None,
 ) -> dict[str, Any]:
     """Dotted paths into a recipe, and the values that are to stand there.
 
@@ -82,6 +76,7 @@ def overrides(
         RecipeError: an item of ``--set`` is not KEY=VALUE.
     """
     given: dict[str, Any] = {"model": model, "calibration.data": data, "seed": seed}
+    given["stages.0.budget"] = {"size": size} if size else None
     found = {key: value for key, value in given.items() if value is not None}
     for item in sets or []:
         key, equals, value = item.partition("=")

@@ -22,6 +22,7 @@ import typer
 from rich.markup import escape
 
 from compress.arguments import (
+    PLANNED,
     Columns,
     Data,
     Dataset,
@@ -36,6 +37,7 @@ from compress.arguments import (
     Samples,
     Seed,
     Sets,
+    Size,
     Tasks,
     names,
     overrides,
@@ -71,8 +73,9 @@ app = typer.Typer(
 
 @app.command()
 def run(
-    recipes: Recipes,
+    recipes: Recipes = None,
     out: Annotated[Path | None, typer.Option(help="Default: runs/RECIPE")] = None,
+    size: Size = None,
     model: Model = None,
     data: Data = None,
     seed: Seed = None,
@@ -88,14 +91,16 @@ def run(
     """
     from compress import recipe as recipe_files
 
-    changes = overrides(model, data, seed, sets)
+    changes = overrides(model, data, seed, sets, size)
     variants: dict[str, Recipe] = {}
-    for path in recipes:
+    if not recipes and not size:
+        raise RecipeError("RECIPE is missing; or give --size, e.g. 30%: compress run --help")
+    for path in recipes or [PLANNED]:  # type: ignore[list-item]
         for name, recipe in recipe_files.load(path, changes).items():
             if name in variants:
                 raise RecipeError(f"two variants are called '{name}'; rename one")
             variants[name] = recipe
-    out = out or Path("runs") / recipes[0].stem
+    out = out or Path("runs") / (recipes[0].stem if recipes else "planned")
     folders = _compress_all(variants, out, quiet)
     evaluation = next(iter(variants.values())).evaluate
     rows = _evaluate(
@@ -123,12 +128,15 @@ def run(
 
 @app.command()
 def apply(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe file.")],
+    recipe: Annotated[
+        Path | None, typer.Argument(metavar="RECIPE", help="A YAML recipe file.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The checkpoint folder to write.")] = None,
     model: Model = None,
     data: Data = None,
     seed: Seed = None,
     sets: Sets = None,
+    size: Size = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and count; write nothing.")
     ] = False,
@@ -149,7 +157,9 @@ def apply(
     """
     from compress import recipe as recipe_files
 
-    loaded = recipe_files.load_one(recipe, overrides(model, data, seed, sets))
+    if recipe is None and not size:
+        raise RecipeError("RECIPE is missing; or give --size, e.g. 30%: compress apply --help")
+    loaded = recipe_files.load_one(recipe or PLANNED, overrides(model, data, seed, sets, size))
     if dry_run:
         dry_run_table(loaded, as_json)
         return
@@ -160,16 +170,8 @@ def apply(
     events = runs.run(loaded, out, overwrite=overwrite, verify=verify)
     info = follow(events, out.name, quiet or as_json)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "out": str(out),
-                    "bytes": info["bytes"],
-                    "storage": info["storage"],
-                    "loads_with": info["loads_with"],
-                }
-            )
-        )
+        told = {key: info[key] for key in ("bytes", "storage", "loads_with")}
+        print(json.dumps({"out": str(out)} | told))
     elif not quiet:
         taken = info["bytes"]
         screen.print(
@@ -306,6 +308,7 @@ def explain(
 def _compress_all(variants: dict[str, Recipe], out: Path, quiet: bool) -> list[str]:
     """One checkpoint folder a variant; those that are there already are kept."""
     from compress import run as runs
+    from compress.planning.goals import resolved
     from compress.source import Source
     from compress.verify import Verifier
 
@@ -317,6 +320,7 @@ def _compress_all(variants: dict[str, Recipe], out: Path, quiet: bool) -> list[s
             if key not in sources:
                 sources[key] = Source(recipe.model, untie=recipe.untie)
             source, folder = sources[key], out / name
+            recipe = follow(resolved(recipe, source), name, quiet)
             folders.append(str(folder))
             if runs.is_done(recipe, source, folder):
                 if not quiet:

@@ -18,7 +18,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from compress.compressors.base import Compressor
     from compress.export.base import Exporter
-    from compress.plan import Plan
+    from compress.planning.planner import Plan
     from compress.preflight import Preflight
     from compress.recipe import Recipe
     from compress.source import Source
@@ -200,25 +200,37 @@ def preflight_table(plan: Preflight) -> None:
 
 
 def plan_table(plan: Plan, source: Source) -> None:
-    """Bits by layer and role, a row a layer, on standard output."""
-    sites = [site for site in source.anatomy.sites if site.name in plan.bits]
+    """Bits and group by layer and role, a row a layer, on standard output."""
+    sites = [site for site in source.anatomy.sites if site.name in plan.settings]
     roles = list(dict.fromkeys(site.role for site in sites if site.block is not None))
-    table = Table("bits", *roles, box=None, header_style="bold", pad_edge=False)
+    table = Table("bits/group", *roles, box=None, header_style="bold", pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    found = {(site.block, site.role): plan.bits[site.name] for site in sites}
+    found = {(site.block, site.role): plan.settings[site.name].label for site in sites}
     for layer in sorted({site.block for site in sites if site.block is not None}):
-        table.add_row(f"layer {layer}", *(str(found.get((layer, role), "")) for role in roles))
+        table.add_row(f"layer {layer}", *(found.get((layer, role), "") for role in roles))
     console = Console(highlight=False)
     console.print(table)
     for site in sites:
         if site.block is None:
-            console.print(f"{site.name}: {plan.bits[site.name]} bits")
-    console.print(
-        f"\nmodel  {source.nbytes:,} → {plan.bytes:,} bytes ({plan.bytes / source.nbytes:.1%}), "
-        f"{1 - plan.bytes / plan.budget:.2%} below the size\n"
-        f"costs  about {plan.cost:.3g} nats a token before its errors make up for each other"
-    )
+            console.print(f"{site.name}: {plan.settings[site.name].label}")
+    console.print()
+    for line in plan.lines(source.nbytes):
+        console.print(line)
+
+
+def frontier_table(plans: list[Plan], source: Source) -> None:
+    """The best for each size: bytes, predicted KL with its interval, and what more would buy."""
+    table = Table("bytes", "of original", "KL", "95%", "next 1% buys", box=None, pad_edge=False)
+    for column in table.columns:
+        column.justify = "right"
+    for plan in plans:
+        kl, low, high = plan.predicted or (plan.cost, plan.cost, plan.cost)
+        table.add_row(
+            f"{plan.bytes:,}", f"{plan.bytes / source.nbytes:.1%}", f"{kl:.4f}",
+            f"{low:.4f}–{high:.4f}", f"{plan.next or 0:.2g}",
+        )  # fmt: skip
+    Console(highlight=False).print(table)
 
 
 def dry_run_table(recipe: Recipe, as_json: bool) -> None:

@@ -4,43 +4,94 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.arguments import Data, Json, Model, Quiet, Seed, Sets, names, overrides, parse_size
-from compress.display import follow, plan_table, screen
+from compress.arguments import Data, Json, Model, Quiet, Seed, Sets, names, overrides
+from compress.display import follow, frontier_table, plan_table, screen
+from compress.errors import RecipeError
+from compress.sizes import parse_share, parse_size
+
+if TYPE_CHECKING:
+    from compress.planning.planner import Plan
+
+FORMATS = ("any", "compressed-tensors")
+SIZE = "30% of the model's bytes, 300MB, 1.5GB, or bytes."
 
 
 def plan(
-    size: Annotated[str, typer.Option(help="30% of the model's bytes, 300MB, 1.5GB, or bytes.")],
+    size: Annotated[str | None, typer.Option(help=SIZE)] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="The least size that keeps e.g. 99% of the quality, exp(-KL)."),
+    ] = None,
+    frontier: Annotated[
+        int | None,
+        typer.Option(min=2, help="So many sizes, a recipe for each, in the folder --out."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("plan.yaml"),
     model: Model = "demo",
     data: Data = None,
     targets: Annotated[str, typer.Option(help="Which weights, as in a recipe.")] = "all",
+    format: Annotated[
+        str, typer.Option(help="any, or compressed-tensors: only what that holds.")
+    ] = "any",
+    effort: Annotated[
+        int, typer.Option(min=0, help="Other plans to apply and measure; the best one is kept.")
+    ] = 0,
     seed: Seed = None,
     sets: Sets = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose bits for every matrix so that the file is just within a size; writes a recipe.
+    """Choose bits and groups for every matrix so that the file is just within a size.
 
     [bold]compress plan --size 25% --out small.yaml && compress apply small.yaml --out small[/]
     """
     from compress import recipe as recipe_files
-    from compress.plan import plan as planned
+    from compress.planning import goals
+    from compress.planning.cache import cache_folder
+    from compress.planning.planner import Planner
     from compress.source import Source
 
+    if sum(given is not None for given in (size, keep, frontier)) != 1:
+        raise RecipeError("give one of --size, --keep and --frontier")
+    if format not in FORMATS:
+        raise RecipeError(f"--format {format}: choose one of {', '.join(FORMATS)}")
     asked = {"stages": [{"use": "gptq", "targets": names(targets)}]}
     recipe = recipe_files.load_one(asked, overrides(model, data, seed, sets))
     source = Source(recipe.model, untie=recipe.untie)
-    budget = parse_size(size, source.nbytes)
-    made = follow(planned(recipe, source, recipe.stages[0], budget), "plan", quiet or as_json)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(made.recipe.to_yaml())
-    if as_json:
-        numbers = {"bytes": made.bytes, "budget": budget, "cost": made.cost, "bits": made.bits}
-        typer.echo(json.dumps({"recipe": str(out)} | numbers))
-    elif not quiet:
-        plan_table(made, source)
-        screen.print(f"\n{out}: apply it with [bold]compress apply {out} --out DIR[/]")
+    budget = parse_size(size, source.nbytes) if size else 0
+    share = parse_share(keep) if keep else 0.0
+    planner = Planner(recipe, source, recipe.stages[0], cache=cache_folder(), plain=format != "any")
+    silent = quiet or as_json
+    follow(planner.work(), "plan", silent)
+    below: Plan | None = None
+    if frontier:
+        plans = planner.frontier(frontier)
+    elif keep:
+        made, below = follow(goals.keep(planner, share), "plan", silent)
+        plans = [made]
+    else:
+        plans = [follow(planner.refine(planner.fit(budget), effort), "plan", silent)]
+    for one in plans:
+        path = out.with_suffix("") / f"{one.bytes}.yaml" if frontier else out
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(one.to_yaml(source.nbytes))
+        if as_json:
+            typer.echo(json.dumps({"recipe": str(path)} | one.numbers()))
+    if silent:
+        return
+    if frontier:
+        frontier_table(plans, source)
+        screen.print(f"\n{out.with_suffix('')}/: a recipe for each")
+        return
+    plan_table(plans[0], source)
+    if keep:
+        smaller = "nothing smaller can be planned"
+        if below and below.measured:
+            kl, error = below.measured
+            smaller = f"one step smaller, {below.bytes:,} bytes: KL {kl:.4f} ± {error:.4f}"
+        screen.print(smaller)
+    screen.print(f"\n{out}: apply it with [bold]compress apply {out} --out DIR[/]")

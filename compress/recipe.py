@@ -22,6 +22,7 @@ from compress.compressors.base import (
     StructureCompressor,
     TransformCompressor,
 )
+from compress.compressors.budget import Budget
 from compress.errors import RecipeError, did_you_mean
 
 
@@ -66,6 +67,7 @@ class Stage(BaseModel):
     skip: list[str] = Field(default_factory=list)
     blocks: list[int] | None = None
     overrides: dict[str, Compressor] = Field(default_factory=dict)
+    budget: Budget | None = None
 
     @property
     def use(self) -> str:
@@ -98,10 +100,9 @@ class Stage(BaseModel):
         out: dict[str, Any] = {"use": self.use}
         out |= {k: v for k, v in self.compressor.model_dump(mode="json").items() if v is not None}
         out["targets"] = list(self.targets)
-        if self.skip:
-            out["skip"] = list(self.skip)
-        if self.blocks is not None:
-            out["blocks"] = list(self.blocks)
+        budget = self.budget and self.budget.model_dump()
+        more = {"skip": self.skip or None, "blocks": self.blocks, "budget": budget}
+        out |= {key: value for key, value in more.items() if value is not None}
         if self.overrides:
             common = self.compressor.model_dump(mode="json")
             out["overrides"] = {
@@ -312,7 +313,7 @@ def _stage(raw: Any, where: str, at: str) -> Stage:
         cls = registry.get(str(raw["use"]))
     except RecipeError as error:
         raise RecipeError(f"{where}: {at}.use: {error}") from error
-    own = ("targets", "skip", "blocks", "overrides")
+    own = ("targets", "skip", "blocks", "overrides", "budget")
     parameters = {k: v for k, v in raw.items() if k not in (*own, "use")}
     _known(parameters, [*cls.model_fields, *own, "use"], where, at + ".")
     fields = {"targets": list(cls.default_targets)} | {k: raw[k] for k in own if k in raw}

@@ -34,11 +34,12 @@ from compress.formats import auto_classes
 from compress.layerwise import record as record_site
 from compress.layerwise import solve
 from compress.plain_load import observe
+from compress.planning.goals import resolved
 from compress.preflight import check_disk, check_output, preflight
 from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
-from compress.source import Source
-from compress.store import Blocks, Part, Store
+from compress.source import Original, Source
+from compress.store import Blocks, Store
 from compress.structure import followed, restructure
 from compress.transform import transform
 from compress.verify import Verifier, probe_inputs
@@ -78,6 +79,7 @@ def run(
         return (yield from _help(recipe, out))
     check_output(out, overwrite=overwrite)
     source = source or Source(recipe.model, untie=recipe.untie)
+    recipe = yield from resolved(recipe, source)
     needs = preflight(recipe, source)
     check_text(recipe, source)
     check_disk(out, needs.disk)
@@ -112,6 +114,7 @@ def run(
 def _help(recipe: Recipe, out: Path) -> Generator[Event, None, dict[str, Any]]:
     """What processes other than the first do: their share of what runs the model, and wait."""
     source = Source(recipe.model, untie=recipe.untie)
+    recipe = yield from resolved(recipe, source)
     work = work_folder(out)
     done = distributed.least(len(recipe.stages))
     before: Blocks = Store(work / f"stage-{done - 1}") if done else Original(source)
@@ -149,19 +152,6 @@ def is_done(recipe: Recipe, source: Source, out: Path) -> bool:
         source.hash,
         versions(),
     )
-
-
-class Original:
-    """The model itself, read as a store of blocks."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-
-    def read(self, number: int) -> Part:
-        return Part(*self.source.block(self.source.anatomy.blocks[number]))
-
-    def header(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        return {name: weight.spec for name, weight in self.read(number).weights.items()}, []
 
 
 def _alone(stage: Stage, recipe: Recipe, source: Source) -> bool:

@@ -25,6 +25,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from compress.anatomy import Anatomy, Block, anatomize
 from compress.errors import ModelError, first_line
+from compress.store import Part
 from compress.weights import Dense, Weight
 from compress.weights.modeling_compressed import resize
 
@@ -332,3 +333,16 @@ def open_file(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+class Original:
+    """The model itself, read as a store of blocks."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def read(self, number: int) -> Part:
+        return Part(*self.source.block(self.source.anatomy.blocks[number]))
+
+    def header(self, number: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        return {name: weight.spec for name, weight in self.read(number).weights.items()}, []

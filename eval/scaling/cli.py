@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from compress.arguments import parse_size
+from compress.sizes import parse_size
 
 if TYPE_CHECKING:
     from eval.scaling.study import Study

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from compress.arguments import parse_size
 from compress.errors import DataError, RecipeError
+from compress.sizes import parse_size
 from eval.scaling import budget, degradation, law
 from eval.scaling.degradation import Loss
 from eval.scaling.equivalent import count, equivalent

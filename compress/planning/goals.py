@@ -1,0 +1,86 @@
+"""What is asked of a planner: a size, or the least size that keeps so much of the quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from pathlib import Path
+
+from compress.errors import DataError, RecipeError
+from compress.events import Event
+from compress.planning.cache import cache_folder
+from compress.planning.planner import Plan, Planner
+from compress.recipe import Recipe, Stage
+from compress.sizes import parse_size
+from compress.source import Source
+
+STEPS = 100  # of the original's bytes: sizes that ``keep`` tells apart
+NEARBY = 4  # sizes that it tries next to the law's guess
+
+
+def plan(
+    recipe: Recipe, source: Source, stage: Stage, budget: int, cache: Path | None = None
+) -> Generator[Event, None, Plan]:
+    """The settings of least cost for a file of ``budget`` bytes; nothing is measured."""
+    planner = Planner(recipe, source, stage, cache=cache)
+    yield from planner.look()
+    return planner.fit(budget)
+
+
+def keep(planner: Planner, share: float) -> Generator[Event, None, tuple[Plan, Plan | None]]:
+    """The smallest plan, in steps of 1% of the bytes, with measured exp(−KL) ≥ ``share``.
+
+    Perplexity then rises by about 1/share at most. Also returns the plan one step smaller, which
+    does not keep it; None if there is none so small.
+
+    Raises:
+        RecipeError: no size keeps so much. DataError: too little text to measure on.
+    """
+    if planner.law is None:
+        raise DataError("too little text to measure on; give more, or fewer calibration.samples")
+    step, allowed = planner.source.nbytes / STEPS, -math.log(share)
+    fails, meets = math.ceil(planner.least / step) - 1, STEPS
+    found: dict[int, Plan] = {}
+    guess = next(
+        (n for n in range(fails + 1, meets) if _expected(planner, n * step) <= allowed), meets - 1
+    )
+    while meets - fails > 1:
+        made = found[guess] = planner.measured(planner.fit(int(guess * step)))
+        assert made.measured is not None
+        if made.measured[0] <= allowed:
+            meets, nearby = guess, guess - 1
+        else:
+            fails, nearby = guess, guess + 1
+        # the law's guess is mostly a step or two off; where it is not, halving is safer
+        guess = nearby if len(found) < NEARBY else (fails + meets) // 2
+        yield Event("keep", len(found), 0, {"kl": made.measured[0]})
+    if meets not in found:
+        raise RecipeError(f"no size below the original's keeps {share:.2%}")
+    return found[meets], found.get(fails)
+
+
+def _expected(planner: Planner, size: float) -> float:
+    predicted = planner.fit(int(size)).predicted
+    assert predicted is not None
+    return predicted[0]
+
+
+def resolved(recipe: Recipe, source: Source) -> Generator[Event, None, Recipe]:
+    """The recipe with settings in place of its budget, if it has one.
+
+    Raises:
+        RecipeError: it stands elsewhere than on the first stage.
+    """
+    budgets = [n for n, s in enumerate(recipe.stages) if s.budget and not s.overrides]
+    if not budgets:
+        return recipe
+    if budgets != [0]:
+        raise RecipeError(
+            f"stages.{budgets[-1]}.budget: a size is planned for the original's matrices, so it "
+            "stands on the first stage"
+        )
+    first, *rest = recipe.stages
+    assert first.budget
+    budget = parse_size(first.budget.size, source.nbytes)
+    made = yield from plan(recipe, source, first, budget, cache_folder())
+    return recipe.model_copy(update={"stages": [*made.recipe.stages, *rest]})

@@ -1,0 +1,57 @@
+"""What a plan really costs: applied, and compared with the original on text it did not read."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.assemble import assemble
+from compress.calibration import text
+from compress.checkpoint import load_tokenizer
+from compress.compressors.distillation.losses import forward_kl, log_probabilities
+from compress.layerwise import solve
+from compress.objective import IGNORED, Examples, examples
+from compress.recipe import Recipe
+from compress.source import Original, Source
+from compress.store import Store
+
+HELD = 32  # windows of calibration text, behind those that a recipe reads
+FEWEST = 4
+
+
+def held_out(recipe: Recipe, source: Source) -> Examples | None:
+    """Calibration windows that the recipe does not read; None if the text has too few."""
+    wanted = recipe.calibration
+    read = text(recipe, source, wanted.samples + HELD, wanted.length)
+    tokens, sizes = read.tokens[wanted.samples :], read.token_bytes[wanted.samples :]
+    if len(tokens) < FEWEST:
+        return None
+    return examples(source.skeleton, tokens, sizes, load_tokenizer(source.folder), seed=recipe.seed)
+
+
+def measure(recipe: Recipe, source: Source, held: Examples) -> tuple[float, float]:
+    """KL(original ‖ compressed) in nats a token after the recipe's first stage, and its error.
+
+    The stage is applied as ``compress apply`` does. Both models are in memory, as float32.
+    """
+    torch.manual_seed(recipe.seed * 1000)
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "stage-0")
+        for _ in solve(0, recipe.stages[0], recipe, source, Original(source), store):
+            pass
+        small = assemble(source, store, torch.float32)
+    original = assemble(source, Original(source), torch.float32)
+    assert held.targets is not None
+    windows: list[Tensor] = []
+    with torch.no_grad():
+        for row in range(len(held)):
+            one = slice(row, row + 1)
+            counted = held.targets[one] != IGNORED
+            p, q = (held.call(model, one).logits[counted] for model in (original, small))
+            kl = forward_kl(log_probabilities(p.float()), log_probabilities(q.float()))
+            windows.append(kl.double().mean())
+    found = torch.stack(windows)
+    return found.mean().item(), (found.std() / len(found) ** 0.5).item()

@@ -1,0 +1,344 @@
+"""The planner: costs of all options once, then the best settings for any size in moments.
+
+Options are rounded in the model as it is, and the loss's own gradients say what each costs
+(``quantization.bits.cost``). A few plans between the least size and six bits are applied and
+measured, which turns costs into KL (``law.py``). Both are kept (``cache.py``), so that the next
+size, or a whole frontier, takes no new pass over the text.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.calibration import calibrates, check_text, text
+from compress.compressors.budget import allocate, by_table, least_cost
+from compress.compressors.quantization.bits import WIDTHS
+from compress.compressors.quantization.gptq import GPTQ
+from compress.errors import DataError, ModelError, RecipeError
+from compress.events import Event
+from compress.layerwise import problems
+from compress.objective import Examples, family
+from compress.planning.cache import Cache, digest
+from compress.planning.files import Files
+from compress.planning.law import Law
+from compress.planning.measure import held_out, measure
+from compress.planning.options import Choices, Option, Settings, filled, groups_of, tried
+from compress.recipe import Recipe, Stage
+from compress.source import Original, Source
+from compress.store import Store
+from compress.writer import versions
+
+ANCHORS = 7  # measured plans that the law goes through
+WHY = "# Bits and groups: each byte went where the loss's gradients say that it saves most.\n"
+TEMPER = 0.25  # standard deviation of ln cost between one refinement's try and the next
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe that is predicted to fit.
+
+    settings  the option of every matrix that the stage takes, by name
+    bytes     of the weight file that it makes, exactly
+    budget    bytes that were given
+    cost      Σ ½ tr(F D H Dᵀ) of the trials, nats a token
+    gap       share of ``cost`` by which the best choice may be better, at most (Lagrange's bound)
+    predicted KL to the original in nats a token, and the ends of its 95% interval, if measured
+    next      what 1% more of the original's bytes is predicted to take off the KL
+    measured  KL and its standard error once applied, on calibration text that was not read
+    """
+
+    recipe: Recipe
+    settings: dict[str, Option]
+    bytes: int
+    budget: int
+    cost: float
+    gap: float
+    format: str
+    predicted: tuple[float, float, float] | None = None
+    next: float | None = None
+    measured: tuple[float, float] | None = None
+
+    def lines(self, original: int) -> list[str]:
+        """What there is to say of it; ``original`` is the bytes of the model's own file."""
+        said = [
+            f"model     {original:,} → {self.bytes:,} bytes ({self.bytes / original:.1%}), "
+            f"{1 - self.bytes / self.budget:.2%} below the size; held by: {self.format}",
+            f"options   {self.gap:.2%} above the least possible sum of costs, at most",
+        ]
+        if self.predicted:
+            kl, low, high = self.predicted
+            said.append(
+                f"predicted KL {kl:.4f} nats a token ({low:.4f} to {high:.4f} in 95 of 100): "
+                f"{math.exp(-kl):.2%} of the quality"
+            )
+            said.append(f"next      1% more of the bytes buys about {self.next or 0:.2g} nats")
+        else:
+            said.append(f"costs     about {self.cost:.3g} nats a token; too little text to measure")
+        if self.measured:
+            kl, error = self.measured
+            said.append(
+                f"measured  KL {kl:.4f} ± {error:.4f} on calibration text that was not read"
+            )
+        return said
+
+    def numbers(self) -> dict[str, Any]:
+        """The same as JSON holds it."""
+        return {
+            "bytes": self.bytes,
+            "budget": self.budget,
+            "cost": self.cost,
+            "gap": self.gap,
+            "format": self.format,
+            "predicted": self.predicted,
+            "next": self.next,
+            "measured": self.measured,
+            "settings": {n: [o.bits, o.group] for n, o in self.settings.items() if o.bits},
+        }
+
+    def to_yaml(self, original: int) -> str:
+        """The recipe, with the reasons above it."""
+        above = "".join(f"# {line}\n" for line in self.lines(original))
+        return f"{above}{WHY}{self.recipe.to_yaml()}"
+
+
+class Planner:
+    """Plans for one gptq ``stage`` of a recipe.
+
+    ``plain`` keeps to what compressed-tensors holds: no packed tables, groups that divide widths.
+
+    Raises:
+        ModelError: the model predicts no tokens. DataError: there is no text. RecipeError: the
+        stage is no gptq.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        source: Source,
+        stage: Stage,
+        *,
+        cache: Path | None = None,
+        plain: bool = False,
+    ) -> None:
+        if not isinstance(stage.compressor, GPTQ):
+            raise RecipeError(f"{stage.use} does not go by a size; gptq does")
+        if not calibrates(stage, recipe, source):
+            if not recipe.data:
+                raise DataError("a plan needs text: give --data")
+            raise ModelError(f"{source.model_class.__name__} reads no text, so nothing tells costs")
+        if family(source.skeleton) == "other":
+            name = source.model_class.__name__
+            raise ModelError(f"{name} predicts no tokens, so nothing tells what an error costs")
+        self.recipe = recipe.model_copy(update={"stages": [stage]})
+        check_text(self.recipe, source)
+        self.source, self.stage = source, stage
+        self.gptq = stage.compressor.model_copy(update={"bits": 4})
+        self.files = Files(source, self.gptq, recipe.storage)
+        self.sites = {
+            site.name: site
+            for site in stage.sites(source.anatomy)
+            if not plain or (site.layout == "linear" and not site.aliases)
+        }
+        if not self.sites:
+            raise RecipeError("none of the weights that are taken can be held packed")
+        self.groups = {n: groups_of(s, dividing=plain) for n, s in self.sites.items()}
+        self.choices: list[Choices] = []
+        self.law: Law | None = None
+        wanted = recipe.calibration
+        read = text(recipe, source, wanted.samples, wanted.length)
+        key = [source.hash, read.hash, recipe.seed, recipe.untie, versions()]
+        self.cache = Cache(cache, [*key, self.gptq.model_dump(mode="json", exclude={"group"})])
+
+    @property
+    def least(self) -> int:
+        """Bytes of the smallest file that can be planned."""
+        return self.files.size({c.name: c.options[0] for c in self.choices})
+
+    def work(self) -> Generator[Event, None, None]:
+        """All that takes time: costs, and what they come to."""
+        yield from self.look()
+        yield from self.calibrate()
+
+    def frontier(self, count: int) -> list[Plan]:
+        """The best for ``count`` sizes, from the least up to all matrices in 8 bits, evenly."""
+        most = self.files.size({name: Option(8, "channel") for name in self.sites})
+        least = self.least
+        return [self.fit(least + (most - least) * n // (count - 1)) for n in range(count)]
+
+    def look(self) -> Iterator[Event]:
+        """Cost of every option of every matrix, in one backward pass over the text and one more.
+
+        The model is in memory once, as float32.
+        """
+        missing = [n for n in self.sites if n not in self.cache.costs or self._short(n)]
+        if missing:
+            asked = self.stage.model_copy(
+                update={"compressor": self.gptq.model_copy(update={"bits": 3.5}), "overrides": {}}
+            )
+            with tempfile.TemporaryDirectory() as folder:
+                at, done = Original(self.source), len(self.sites) - len(missing)
+                yield Event("options", done, len(self.sites))
+                for problem in problems(asked, self.recipe, self.source, at, Store(Path(folder))):
+                    if problem.name not in missing:
+                        continue
+                    found = tried(problem, self.gptq, self.groups[problem.name])
+                    self.cache.costs[problem.name] = found
+                    self.cache.keep()
+                    done += 1
+                    yield Event("options", done, len(self.sites))
+        self.choices = [
+            Choices.of(site, self.gptq, filled(self.cache.costs[name], self.groups[name]))
+            for name, site in self.sites.items()
+            if name in self.cache.costs  # no token came by
+        ]
+
+    def calibrate(self) -> Iterator[Event]:
+        """Apply and measure a few plans over the whole range of sizes."""
+        if self.held is None:
+            return
+        most = self.files.size({name: Option(6, "channel") for name in self.sites})
+        least = self.least
+        costs, found = [], []
+        yield Event("measure", 0, ANCHORS)
+        for number in range(ANCHORS):
+            made = self.fit(int(least * (most / least) ** ((number + 0.5) / ANCHORS)))
+            costs.append(made.cost)
+            found.append(self.measure(made)[0])
+            yield Event("measure", number + 1, ANCHORS)
+        self.law = Law.of(costs, found)
+
+    def fit(self, budget: int, choices: list[Choices] | None = None) -> Plan:
+        """The settings of least cost (by ``choices``, else the trials') within ``budget`` bytes.
+
+        Raises:
+            RecipeError: even the fewest bits are too many.
+        """
+        if self.least > budget:
+            raise RecipeError(
+                f"{budget:,} bytes are too few: {len(self.choices)} matrices in {WIDTHS[0]} bits "
+                f"come to {self.least:,} ({self.least / self.source.nbytes:.1%}); "
+                "take more of them (targets: all)"
+            )
+        settings = self._fitting(choices or self.choices, budget)
+        cost = self._cost(settings)
+        left = budget - self.files.size(settings) + self._bytes(settings)
+        bound = least_cost([(c.sizes, c.costs) for c in self.choices], left)
+        gap = max(0.0, 1 - bound / cost) if cost else 0.0
+        made = Plan(
+            self._recipe(settings),
+            settings,
+            self.files.size(settings),
+            budget,
+            cost,
+            gap,
+            self.files.format(settings).name,
+        )
+        if self.law is None:
+            return made
+        more = self._cost(self._fitting(self.choices, budget + self.source.nbytes // 100))
+        predicted = self.law.predict(cost)
+        return replace(made, predicted=predicted, next=predicted[0] - self.law.predict(more)[0])
+
+    def measure(self, made: Plan) -> tuple[float, float]:
+        """KL and its standard error of a plan that is really applied."""
+        assert self.held is not None
+        key = digest(made.recipe.stages[0].dump())
+        if key not in self.cache.measured:
+            self.cache.measured[key] = list(measure(made.recipe, self.source, self.held))
+            self.cache.keep()
+        value, error = self.cache.measured[key]
+        return value, error
+
+    def measured(self, made: Plan) -> Plan:
+        return replace(made, measured=self.measure(made)) if self.held else made
+
+    def refine(self, made: Plan, tries: int) -> Generator[Event, None, Plan]:
+        """The best of ``tries`` other plans of the same size, by measured KL.
+
+        Each is the best for costs that are drawn around the trials': sites whose costs were told
+        wrongly change places with others. The choice is made on the text that measures it, so
+        ``measured`` of the winner is a little too good.
+        """
+        best = self.measured(made) if tries else made
+        draw = torch.Generator().manual_seed(self.recipe.seed)
+        for number in range(tries if self.held else 0):
+            bent = [
+                replace(c, costs=c.costs * torch.randn((), generator=draw).mul(TEMPER).exp())
+                for c in self.choices
+            ]
+            other = self.measured(self.fit(made.budget, bent))
+            if other.measured and best.measured and other.measured[0] < best.measured[0]:
+                best = other
+            best_kl = best.measured[0] if best.measured else 0.0
+            yield Event("refine", number + 1, tries, {"loss": best_kl})
+        return best
+
+    @cached_property
+    def held(self) -> Examples | None:
+        """Text to measure on, which plans do not read; None if there is too little."""
+        return held_out(self.recipe, self.source)
+
+    def _fitting(self, choices: list[Choices], budget: int) -> dict[str, Option]:
+        """The best choice whose file, names and all, is not above ``budget`` bytes."""
+        dense = sum(self.sites[c.name].nbytes for c in choices)
+        left = budget - self.files.size({}) + dense
+        while True:
+            chosen = _best(choices, left)
+            settings = {c.name: c.options[i] for c, i in zip(choices, chosen, strict=True)}
+            over = self.files.size(settings) - budget
+            if over <= 0:
+                return settings
+            left -= over
+
+    def _index(self, settings: Settings) -> list[tuple[Choices, int]]:
+        return [(c, c.options.index(settings[c.name])) for c in self.choices]
+
+    def _cost(self, settings: Settings) -> float:
+        return sum(float(c.costs[i]) for c, i in self._index(settings))
+
+    def _bytes(self, settings: Settings) -> int:
+        return sum(int(c.sizes[i]) for c, i in self._index(settings))
+
+    def _recipe(self, settings: Settings) -> Recipe:
+        """One stage: an override for each matrix, and what is left alone skipped."""
+        alone = [name for name in self.sites if settings.get(name, Option()).bits is None]
+        common = self.gptq
+        overrides = {
+            name: option.of(common)
+            for name, option in settings.items()
+            if option.bits is not None
+            and (option.bits, option.group) != (common.bits, common.group)
+        }
+        taken = self.stage.sites(self.source.anatomy)
+        outside = [site.name for site in taken if site.name not in self.sites]
+        changes = {
+            "compressor": common,
+            "overrides": overrides,
+            "skip": [*self.stage.skip, *outside, *alone],
+        }
+        return self.recipe.model_copy(update={"stages": [self.stage.model_copy(update=changes)]})
+
+    def _short(self, name: str) -> bool:
+        """Whether an earlier plan tried fewer groups of a matrix."""
+        return any(Option(4, g).label not in self.cache.costs[name] for g in self.groups[name])
+
+
+def _best(choices: list[Choices], budget: int) -> list[int]:
+    """The better of what prices and a table find; either can miss by its rounding."""
+    options = [(c.sizes, c.costs) for c in choices]
+    found = [allocate(options, budget)]
+    if table := by_table(options, budget):
+        found.append(table)
+
+    def total(chosen: list[int]) -> float:
+        return sum(float(c.costs[i]) for c, i in zip(choices, chosen, strict=True))
+
+    return min(found, key=total)

@@ -1,0 +1,141 @@
+"""The planner against its promises: bytes, predictions, and uniform recipes of no more bytes.
+
+    python -m eval.benchmarks.planner bytes coverage uniform keep
+
+Choices are made on calibration text; ``uniform`` and ``keep`` are measured on evaluation text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from compress import recipe as recipes
+from compress import run as runs
+from compress.planning.cache import cache_folder
+from compress.planning.goals import keep
+from compress.planning.options import GROUPS
+from compress.planning.planner import Plan, Planner
+from compress.recipe import Recipe
+from compress.source import Source
+from eval.harness import Notice, Progress, evaluate
+
+SIZES = (50, 35, 25, 18, 15)  # percent of the original's bytes
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("parts", nargs="+", choices=("bytes", "coverage", "uniform", "keep"))
+    arguments.add_argument("--model", default="demo")
+    arguments.add_argument("--data", default="demo")
+    arguments.add_argument("--seed", type=int, default=0)
+    asked = arguments.parse_args()
+    recipe = recipes.load_one({
+        "model": asked.model,
+        "seed": asked.seed,
+        "calibration": {"data": asked.data},
+        "stages": [{"use": "gptq", "targets": ["all"]}],
+    })  # fmt: skip
+    planner = Planner(recipe, Source(recipe.model), recipe.stages[0], cache=cache_folder())
+    for _ in planner.work():
+        pass
+    for part in asked.parts:
+        print(f"\n{part}, {asked.model}, seed {asked.seed}")
+        {"bytes": count, "coverage": cover, "uniform": compare, "keep": keeps}[part](planner)
+
+
+def sizes(planner: Planner, count: int, most: float) -> list[int]:
+    draw = random.Random(planner.recipe.seed)
+    least = planner.least / planner.source.nbytes
+    return [int(draw.uniform(least, most) * planner.source.nbytes) for _ in range(count)]
+
+
+def count(planner: Planner) -> None:
+    """Fifty sizes beside the files that are planned; five of them written."""
+    plans = [planner.fit(size) for size in sizes(planner, 50, 0.95)]
+    gaps = [1 - plan.bytes / plan.budget for plan in plans]
+    print(f"above {sum(g < 0 for g in gaps)}, median gap {statistics.median(gaps):.3%}, "
+          f"largest {max(gaps):.2%}")  # fmt: skip
+    for plan in plans[:5]:
+        with tempfile.TemporaryDirectory() as folder:
+            info = runs.apply(plan.recipe, Path(folder) / "out", verify=False)
+        print(f"budget {plan.budget:,}  planned {plan.bytes:,}  on disk {info['bytes']['disk']:,}")
+
+
+def cover(planner: Planner) -> None:
+    """Twenty random sizes: whether the measured KL lies within the predicted interval."""
+    inside = 0
+    for size in sizes(planner, 20, 0.5):
+        plan = planner.measured(planner.fit(size))
+        assert plan.predicted
+        assert plan.measured
+        kl, low, high = plan.predicted
+        inside += low <= plan.measured[0] <= high
+        share = plan.bytes / planner.source.nbytes
+        print(f"{share:6.1%}  predicted {kl:.5f} ({low:.5f}–{high:.5f})"
+              f"  measured {plan.measured[0]:.5f} ± {plan.measured[1]:.5f}")  # fmt: skip
+    print(f"{inside} of 20 within")
+
+
+def compare(planner: Planner) -> None:
+    """The plan and the best uniform gptq of no more bytes: nll and KL on evaluation text."""
+    print("size     plan: bytes  nll − original  KL     best uniform: bytes  nll − original  KL")
+    whole = planner.source.nbytes
+    made: dict[str, dict[str, Any]] = {}
+    for bits in (2, 3, 4, 5, 6, 8):
+        for group in GROUPS:
+            stage = {"use": "gptq", "bits": bits, "group": group, "targets": ["all"]}
+            base = planner.recipe.dump() | {"stages": [stage]}
+            made[f"{bits}/{group}"] = measured(recipes.load_one(base))
+    for percent in SIZES:
+        size = percent * whole // 100
+        if size < planner.least:
+            print(f"{percent}%: below the least plan, {planner.least / whole:.1%}")
+            continue
+        plan = measured(planner.fit(size).recipe)
+        fits = {name: one for name, one in made.items() if one["bytes"] <= size}
+        if not fits:
+            print(f"{percent}%: {plan}, no uniform recipe is so small")
+            continue
+        name, best = min(fits.items(), key=lambda item: item[1]["nll"])
+        print(f"{percent}%: {plan['bytes']:,}  {plan['nll']:+.4f}  {plan['kl']:.4f}   "
+              f"{name} {best['bytes']:,}  {best['nll']:+.4f}  {best['kl']:.4f}  "
+              f"ratio {plan['nll'] / best['nll']:.2f} (KL {plan['kl'] / best['kl']:.2f})",
+              flush=True)  # fmt: skip
+
+
+def keeps(planner: Planner) -> None:
+    """99% kept: the plan and the one a step smaller, on evaluation text."""
+    events = keep(planner, 0.99)
+    found: tuple[Plan, Plan | None] | None = None
+    while found is None:
+        try:
+            next(events)
+        except StopIteration as stop:
+            found = stop.value
+    for plan in found:
+        if plan and plan.measured:
+            there = measured(plan.recipe)
+            print(f"{plan.bytes:,} bytes: KL {plan.measured[0]:.5f} ± {plan.measured[1]:.5f} on "
+                  f"calibration text kept apart, {there['kl']:.5f} on evaluation text "
+                  f"(0.01005 allowed), nll {there['nll']:+.5f}")  # fmt: skip
+
+
+def measured(recipe: Recipe) -> dict[str, Any]:
+    """Bytes, nll − original and KL of what a recipe makes, on evaluation text."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        info = runs.apply(recipe, out, verify=False)
+        rows = evaluate([str(Source(recipe.model).folder), str(out)], ["nll", "kl"])
+        lines = [row.line() for row in rows if not isinstance(row, Notice | Progress)]
+    nll = [line["value"] for line in lines if line["metric"] == "nll"]
+    kl = [line["value"] for line in lines if line["metric"] == "kl"]
+    return {"bytes": info["bytes"]["disk"], "nll": nll[-1] - nll[0], "kl": kl[-1]}
+
+
+if __name__ == "__main__":
+    main()
