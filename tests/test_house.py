@@ -25,8 +25,8 @@ LAYERS = (
     "registry", "recipe", "source", "shape", "blockwise", "assemble", "formats", "gguf_file",
     "stored", "checkpoint", "calibration", "sensitivity", "layerwise", "preflight", "plain_load",
     "writer", "workdir", "verify", "wiring", "heads", "rotation", "transform", "narrowing",
-    "shortening", "structure", "planning", "run", "export", "api", "testing", "arguments",
-    "display", "hub", "plan_command", "export_command", "cli",
+    "shortening", "structure", "planning", "run", "export", "runtime", "api", "testing",
+    "arguments", "display", "hub", "plan_command", "export_command", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 
