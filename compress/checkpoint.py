@@ -34,7 +34,7 @@ def load(
     """The model in a checkpoint folder, in eval mode: ours, any Hugging Face folder, or ``demo``.
 
     ``runtime``: "transformers" unpacks what has no kernel there; "packed" computes with weights as
-    they are stored (``compress.runtime.packed``); "onnx" runs what ``compress export`` wrote.
+    they are stored (``compress.runtime.packed``); "onnx" runs in onnxruntime.
 
     A GGUF file, or a folder that holds nothing else, is unpacked by transformers; the layouts of
     GPTQ and AWQ are unpacked here.
@@ -51,7 +51,11 @@ def load(
             known = ", ".join(("transformers", *RUNTIMES))
             raise ModelError(f"runtime '{runtime}' is not known; there are {known}")
         module = import_module(RUNTIMES[runtime])
-        return module.load(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        if runtime == "packed":
+            return module.load(path, dtype=dtype)
+        if dtype is not None:
+            raise ModelError(f"runtime '{runtime}' has a dtype of its own; leave dtype away")
+        return module.load(path)
     folder = resolve(path)
     method, cls, described = _classes(folder, trust_remote_code)
     if method in UNPACKED:

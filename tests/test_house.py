@@ -23,12 +23,11 @@ LAYERS = (
     "errors", "sizes", "memory", "offload", "distributed", "events", "weights", "anatomy",
     "moments", "problem", "store", "data", "objective", "sharded", "training", "compressors",
     "registry", "recipe", "source", "shape", "blockwise", "assemble", "formats", "gguf_file",
-    "stored", "runtime", "checkpoint", "calibration", "sensitivity", "layerwise", "preflight",
-    "plain_load",
+    "stored", "checkpoint", "calibration", "sensitivity", "layerwise", "preflight", "plain_load",
     "writer", "workdir", "verify", "wiring", "heads", "rotation", "transform", "narrowing",
-    "shortening", "structure", "planning", "run", "export", "api", "testing", "arguments",
-    "display", "hub", "plan_command", "export_command", "generate_command",
-    "serve_command", "cli",
+    "shortening", "structure", "planning", "run", "export", "runtime", "api", "testing",
+    "arguments", "display", "hub", "plan_command", "export_command",
+    "generate_command", "serve_command", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}
 

@@ -40,7 +40,7 @@ class Blocks:
 
 def carried(weight: Weight) -> Blocks | None:
     """The weight's own codes and scales in the smallest type that has room for them, or None."""
-    found = _grid(weight)
+    found = grid(weight)
     if found is None:
         return None
     codes, scale, zero, group = found
@@ -66,7 +66,7 @@ def carried(weight: Weight) -> Blocks | None:
     return None
 
 
-def _grid(weight: Weight) -> tuple[Tensor, Tensor, Tensor, int] | None:
+def grid(weight: Weight) -> tuple[Tensor, Tensor, Tensor, int] | None:
     """codes int32 [out, in], scale and zero [out, groups], group: weight = (code − zero)·scale."""
     if isinstance(weight, Int8):
         scale = weight.tensors["SCB"].float().view(-1, 1) / 127

@@ -1,1 +1,1 @@
-"""Running a compressed folder as it is stored, not unpacked."""
+"""Ways to run a compressed folder: as it is stored, not unpacked."""

@@ -53,9 +53,7 @@ class Report:
         return found + self.notes
 
 
-def load(
-    path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
+def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model in a folder, computing with its weights as they are stored.
 
     With packed integers it computes in bfloat16, whatever the folder's dtype. ``packed_report`` of

@@ -113,6 +113,8 @@ def test_what_the_kernels_do_not_compute_is_refused(
         load(folder, runtime="packed", dtype=torch.float32)
     with pytest.raises(ModelError, match="is for running"):
         load(folder, runtime="packed").save_pretrained(folder / "again")
+    with pytest.raises(ModelError, match="leave dtype away"):
+        load(folder, runtime="onnx", dtype=torch.float32)
     with pytest.raises(ModelError, match="there are transformers, packed, onnx"):
         load(folder, runtime="fast")
 
