@@ -84,6 +84,7 @@ RECIPES = (
     _ours("gptq", {"use": "gptq"}),
     _ours("awq", {"use": "awq"}, {"use": "rtn"}),
     _ours("gptq, autoround", {"use": "gptq"}, {"use": "autoround"}),
+    _ours("ecgptq", {"use": "ecgptq"}),
     _ours("nf4", {"use": "nf4"}, reads=False, bits=4),
     _ours("magnitude", {"use": "magnitude"}, prunes=True, reads=False),
     _ours("wanda", {"use": "wanda"}, prunes=True),

@@ -170,12 +170,18 @@ def _wanted(job: Job, out: Path, adapter: Path, modules: list[str]) -> dict[str,
 
 
 def _said(setting: Setting, stage: dict[str, Any]) -> dict[str, Any]:
-    """A setting in the words of a recipe, as far as this stage has them."""
+    """A setting in the words of a recipe, as far as this stage has them.
+
+    Bits without groups are those of the file: as many as codes and 16-bit scales take elsewhere.
+    """
+    fields = registry.get(stage["use"]).model_fields
     words: dict[str, Any] = {"bits": setting.bits, "group": setting.group or "channel"}
     if setting.bits is None:
         share = {"sparsity": setting.sparsity}
         words = {"pattern": setting.pattern} if setting.pattern else share
-    return {k: v for k, v in words.items() if k in registry.get(stage["use"]).model_fields}
+    elif "group" not in fields and setting.group:
+        words["bits"] = setting.bits + 16 / setting.group
+    return {k: v for k, v in words.items() if k in fields}
 
 
 def _environment(job: Job) -> dict[str, str]:

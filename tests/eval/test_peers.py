@@ -293,6 +293,8 @@ def test_every_stage_is_told_what_it_takes_of_a_setting(job: Job, tmp_path: Path
     four = {"bits": 3, "group": "channel"}
     assert stages("awq", Setting(3)) == [{"use": "awq"} | four, {"use": "rtn"} | four]
     assert stages("gptq, autoround", Setting(3)) == [{"use": "gptq"} | four, {"use": "autoround"}]
+    assert stages("ecgptq", Setting(3)) == [{"use": "ecgptq", "bits": 3}]
+    assert stages("ecgptq", Setting(3, 64)) == [{"use": "ecgptq", "bits": 3.25}]
     assert stages("nf4", Setting(4, 64)) == [{"use": "nf4", "group": 64}]
     assert stages("admm", PRUNING[1]) == [{"use": "admm", "pattern": "2:4"}]
     assert stages("admm", PRUNING[2]) == [{"use": "admm", "sparsity": 0.7}]
