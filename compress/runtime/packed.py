@@ -27,12 +27,8 @@ from compress.source import read_json
 from compress.stored import UNPACKED, Stored
 from compress.weights import Weight
 
-GRIDS = (
-    "quantized",
-    "huffman",
-    "int8",
-    "coded",
-)  # integers for which there are kernels; rows of tables, too
+# Integers for which there are kernels; rows of tables, too.
+GRIDS = ("quantized", "huffman", "int8", "coded")
 KERNELS = (*GRIDS, "lowrank", "sparse")
 
 

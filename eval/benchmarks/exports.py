@@ -32,6 +32,7 @@ CHECKPOINTS: dict[str, list[dict[str, Any]]] = {
     "gptq-4": [{"use": "gptq", "bits": 4}],
     "gptq-8": [{"use": "gptq", "bits": 8}],
     "gptq-4-all-32": [{"use": "gptq", "bits": 4, "group": 32, "targets": ["all"]}],
+    "gptq-5-all-32": [{"use": "gptq", "bits": 5, "group": 32, "targets": ["all"]}],
     "svd-80": [{"use": "svd", "ratio": 0.8}],
     "depth-83": [{"use": "depth", "amount": 0.17}],
 }
