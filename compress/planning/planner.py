@@ -1,7 +1,7 @@
 """The planner: costs of all options once, then the best settings for any size in moments.
 
 Options are rounded in the model as it is, and the loss's own gradients say what each costs
-(``quantization.bits.cost``). A few plans between the least size and six bits are applied and
+(``quantization.bits.cost``). A few plans between the least size and eight bits are applied and
 measured, which turns costs into KL (``law.py``). Both are kept (``cache.py``), so that the next
 size, or a whole frontier, takes no new pass over the text.
 """
@@ -36,7 +36,7 @@ from compress.source import Original, Source
 from compress.store import Store
 from compress.writer import versions
 
-ANCHORS = 7  # measured plans that the law goes through
+ANCHORS = 8  # measured plans that the law goes through
 WHY = "# Bits and groups: each byte went where the loss's gradients say that it saves most.\n"
 TEMPER = 0.25  # standard deviation of ln cost between one refinement's try and the next
 
@@ -204,12 +204,12 @@ class Planner:
         """Apply and measure a few plans over the whole range of sizes."""
         if self.held is None:
             return
-        most = self.files.size({name: Option(6, "channel") for name in self.sites})
+        most = self.files.size({name: Option(8, "channel") for name in self.sites})
         least = self.least
         costs, found = [], []
         yield Event("measure", 0, ANCHORS)
         for number in range(ANCHORS):
-            made = self.fit(int(least * (most / least) ** ((number + 0.5) / ANCHORS)))
+            made = self.fit(int(least * (most / least) ** (number / (ANCHORS - 1))))
             costs.append(made.cost)
             found.append(self.measure(made)[0])
             yield Event("measure", number + 1, ANCHORS)

@@ -179,6 +179,8 @@ def test_the_law_finds_a_line_and_covers_new_points() -> None:
     assert 4 <= missed <= 30  # 15 expected
     exact = Law.of([0.1, 1.0, 10.0], [0.02, 0.2, 2.0])
     assert exact.predict(5.0)[0] == pytest.approx(1.0)
+    bent = Law.of(x.exp().tolist(), (0.1 * x**2 + x).exp().tolist())
+    assert bent.predict(0.3)[0] == pytest.approx(math.exp(0.1 * math.log(0.3) ** 2) * 0.3)
 
 
 class Known(Planner):
