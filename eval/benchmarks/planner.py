@@ -130,7 +130,7 @@ def measured(recipe: Recipe) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out"
         info = runs.apply(recipe, out, verify=False)
-        rows = evaluate([str(Source(recipe.model).folder), str(out)], ["nll", "kl"])
+        rows = evaluate([recipe.model, str(out)], ["nll", "kl"])
         lines = [row.line() for row in rows if not isinstance(row, Notice | Progress)]
     nll = [line["value"] for line in lines if line["metric"] == "nll"]
     kl = [line["value"] for line in lines if line["metric"] == "kl"]
