@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from compress import distributed
 
@@ -56,25 +57,16 @@ def sensitivities(
 
         return hook
 
-    def count(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, ids: tuple[Tensor, ...]) -> None:
-            rows = module.get_parameter("weight").shape[0]
-            seen = torch.bincount(ids[0].flatten(), minlength=rows)
-            found[name].lookups = found[name].lookups + seen.float()
-
-        return hook
-
     handles = [model.get_submodule(n).register_forward_hook(keep(n)) for n in names]
-    for name in names:
-        module = model.get_submodule(name)
-        if isinstance(module, nn.Embedding):
-            handles.append(module.register_forward_pre_hook(count(name)))
+    tables = {n: model.get_submodule(n) for n in names}
+    counting = Lookups({n: t.weight for n, t in tables.items() if isinstance(t, nn.Embedding)})
     random = torch.Generator().manual_seed(distributed.rank())
     embedding = model.get_input_embeddings().weight  # a gradient of this makes all others flow
     embedding.requires_grad_(True)
     try:
         for forward in forwards:
-            logits = forward(model).logits.float()
+            with counting:
+                logits = forward(model).logits.float()
             chances = logits.detach().softmax(-1).flatten(0, -2)
             drawn = torch.multinomial(chances, 1, generator=random).flatten()
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, -2), drawn, reduction="sum")
@@ -83,7 +75,31 @@ def sensitivities(
     finally:
         for handle in handles:
             handle.remove()
+    for name, seen in counting.seen.items():
+        found[name].lookups = seen
     return {name: one for name, one in found.items() if _scaled(one)}
+
+
+class Lookups(TorchFunctionMode):
+    """Counts which rows of tables are looked up: float32 [rows] each, in ``seen``.
+
+    Where it happens and not as modules are called: positions may be worked out by the module.
+    """
+
+    def __init__(self, tables: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.tables = tables
+        self.seen: dict[str, Tensor] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.embedding:
+            for name, table in self.tables.items():
+                if args[1] is table:
+                    counts = torch.bincount(args[0].flatten(), minlength=len(table)).float()
+                    self.seen[name] = self.seen.get(name, 0) + counts
+        return func(*args, **(kwargs or {}))
 
 
 def _scaled(one: Sensitivity) -> bool:

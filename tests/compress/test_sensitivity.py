@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from compress.sensitivity import sensitivities
+from compress.sensitivity import Lookups, sensitivities
 
 NAMES = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"]
 BATCHES = [torch.arange(24).view(2, 12) % 50, torch.arange(36).view(3, 12) * 7 % 50]
@@ -66,3 +66,22 @@ def test_sites_that_no_gradient_reaches_are_left_out() -> None:
     model.model.layers[0].unused = nn.Linear(4, 4)
     found = sensitivities(model, forwards(), [*NAMES, "model.layers.0.unused"])
     assert set(found) == set(NAMES)
+
+
+def test_lookups_are_counted_where_they_happen() -> None:
+    """OPT's table of positions is given the attention mask and works its rows out itself."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, word_embed_proj_dim=16,
+    )  # fmt: skip
+    model: Any = transformers.OPTForCausalLM(config).eval().requires_grad_(False)
+    tables = ["model.decoder.embed_tokens", "model.decoder.embed_positions"]
+    found = sensitivities(model, forwards(), tables)
+    ids = torch.cat([batch.flatten() for batch in BATCHES])
+    torch.testing.assert_close(found[tables[0]].lookups, torch.bincount(ids, minlength=50) / 60)
+    counting = Lookups({name: model.get_submodule(name).weight for name in tables})
+    with counting:
+        model(input_ids=BATCHES[0])
+    rows = torch.zeros(18).index_fill(0, torch.arange(2, 14), 2.0)
+    assert torch.equal(counting.seen[tables[1]], rows)
