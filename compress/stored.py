@@ -112,6 +112,11 @@ class Stored(Source):
         inside = {site.parameter for site in block.sites}
         return weights, {n: self.tensor(n) for n in block.tensors if n not in inside}
 
+    def set_generation(self, model: Any) -> None:
+        """Give ``model`` the folder's settings for ``generate``, where it has any."""
+        if model.can_generate() and (self.folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(self.folder)
+
     def _base_weight(self, site: Site) -> Weight:
         sites = getattr(self.config, "compressed_sites", {})
         if site.name in sites:
@@ -270,8 +275,7 @@ def unpacked(folder: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     """The dense model of a folder in a layout of ``UNPACKED``; needs no package to read them."""
     stored = Stored(folder)
     model: Any = assemble(stored, Original(stored), dtype or stored._dtype)
-    if model.can_generate() and (stored.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(stored.folder)
+    stored.set_generation(model)
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,3 +108,9 @@ def disk_errors(out: Path) -> Iterator[None]:
                 f"{out}: the disk is full; free some room and run again, finished blocks are kept"
             ) from error
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+def user_cache() -> Path:
+    """``compresskit`` in the user's cache: what may be deleted at any time."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "compresskit"

@@ -11,6 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from compress.checkpoint import load
 from compress.errors import CheckpointError
 from compress.plain_load import make_inputs
 from compress.stored import Stored
@@ -51,13 +52,14 @@ class Exporter(BaseModel, ABC):
         their kind.
         """
 
-    @abstractmethod
     def logits(self, out: Path, tokens: Tensor) -> Tensor:
-        """What a program that reads the format makes of ``out``, for the check.
+        """What a program that reads the format makes of ``out``, for the check: transformers, if
+        it does.
 
         ``tokens``: int64 [batch, length]; the main input of models that read something else.
         Returns [batch, length, vocabulary], of any floating dtype.
         """
+        return run(load(out, dtype=torch.float32), tokens)
 
     def other_logits(self, out: Path, tokens: Tensor) -> dict[str, Tensor]:
         """The same from other programs that are installed here, by their names: these may round

@@ -5,16 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from compress.anatomy import Site
-from compress.checkpoint import load
 from compress.errors import CheckpointError
-from compress.export.base import Exporter, Held, run
-from compress.export.dense import uneven
-from compress.export.folder import write_folder
+from compress.export.base import Exporter, Held
+from compress.export.writing import uneven, write_folder
 from compress.formats import BitsAndBytes
 from compress.stored import Stored
 from compress.weights import NF4, Dense, Int8, Weight
@@ -82,6 +78,3 @@ class BitsAndBytesExporter(Exporter):
         if self.kind == "int8":
             return Int8.of(matrix, weight.dtype)
         return NF4.of(matrix, weight.dtype, block=BLOCK, double_quant=False)
-
-    def logits(self, out: Path, tokens: Tensor) -> Tensor:
-        return run(load(out, dtype=torch.float32), tokens)

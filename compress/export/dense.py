@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
-from compress.checkpoint import RECORD, load, record
-from compress.export.base import Exporter, run
+from compress.anatomy import Site
+from compress.export.base import Exporter
+from compress.export.writing import uneven, write_folder
+from compress.formats import DenseFormat
 from compress.stored import Stored
-from compress.writer import Shards, copy_companions, model_card, sha256
+from compress.weights import Dense, Weight
 
 
 class DenseExporter(Exporter):
@@ -43,53 +43,15 @@ class DenseExporter(Exporter):
         return uneven(stored)
 
     def write(self, stored: Stored, out: Path) -> dict[str, Any]:
-        out.mkdir()
-        shards = Shards(out)
-        for block in stored.anatomy.blocks:
-            weights, others = stored.block(block)
-            for site in block.sites:
-                matrix = weights[site.name].dense().to(self._dtype or weights[site.name].dtype)
-                shards.add(site.parameter, matrix.T if site.layout == "conv1d" else matrix)
-            for name, tensor in others.items():
-                shards.add(name, tensor)
-        shards.close()
-        config = stored.plain_config()
-        if self.dtype:
-            config["dtype"] = self.dtype
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_companions(stored.folder, out)
-        keep_record(stored.folder, out, "dense", "transformers")
+        def weight(site: Site) -> Weight:
+            found = stored.weight(site)
+            return Dense.of(found.dense().to(self._dtype or found.dtype))
+
+        how = DenseFormat(stored.anatomy, stored.specs, stored.model_class, stored.config)
+        changes = {"dtype": self.dtype} if self.dtype else {}
+        write_folder(stored, out, how, weight, **changes)
         return {}
 
     @property
     def _dtype(self) -> torch.dtype | None:
         return getattr(torch, self.dtype) if self.dtype else None
-
-    def logits(self, out: Path, tokens: Tensor) -> Tensor:
-        return run(load(out, dtype=torch.float32), tokens)
-
-
-def uneven(stored: Stored) -> str | None:
-    """Why a model of layers of several shapes needs the modelling file."""
-    shapes = getattr(stored.config, "compressed_shapes", None)
-    if not shapes:
-        return None
-    return (
-        f"{next(iter(shapes))} has a shape that no config of {stored.config.model_type} "
-        "expresses; only the folder's own modelling file does"
-    )
-
-
-def keep_record(folder: Path, out: Path, storage: str, loads_with: str) -> None:
-    """Recipe, record and card of a compressed folder, for another folder of the same model."""
-    info = record(folder)
-    if not info:
-        return
-    files = sorted(out.glob("*.safetensors"))
-    info |= {"storage": storage, "loads_with": loads_with, "exported": storage}
-    info["bytes"] = info["bytes"] | {"disk": sum(file.stat().st_size for file in files)}
-    info["files"] = {file.name: sha256(file) for file in files}
-    (out / RECORD).write_text(json.dumps(info, indent=1) + "\n")
-    (out / "README.md").write_text(model_card(info))
-    if (folder / "recipe.yaml").is_file():
-        (out / "recipe.yaml").write_bytes((folder / "recipe.yaml").read_bytes())

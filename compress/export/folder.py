@@ -2,48 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from compress.anatomy import Site
-from compress.checkpoint import load
-from compress.export.base import Exporter, run
-from compress.export.dense import keep_record
-from compress.formats import Format, ModellingFile, Shapes, choose, shapes_of
+from compress.export.base import Exporter
+from compress.export.writing import write_folder
+from compress.formats import Format, ModellingFile, choose
 from compress.stored import Stored
-from compress.weights import Weight
-from compress.writer import Shards, copy_companions
-
-
-def write_folder(stored: Stored, out: Path, how: Format, weight: Callable[[Site], Weight]) -> None:
-    """A model folder in one of the formats of ``formats.py``, block by block."""
-    out.mkdir()
-    shards = Shards(out)
-    shapes: Shapes = {}
-    for block in stored.anatomy.blocks:
-        for site in block.sites:
-            made = weight(site)
-            shapes[site.name] = shapes_of(made)
-            for name, tensor in how.tensors(site, made).items():
-                shards.add(name, tensor)
-        inside = {site.parameter for site in block.sites}
-        for name in block.tensors:
-            if name not in inside:
-                shards.add(name, stored.tensor(name))
-    shards.close()
-    config = stored.plain_config()
-    how.configure(config, shapes)
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_companions(stored.folder, out)
-    how.write_files(out)
-    keep_record(stored.folder, out, how.name, how.needs)
-
 
 # vllm/model_executor/layers/quantization/compressed_tensors: what its kernels take
 VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
@@ -85,9 +51,6 @@ class TransformersExporter(Exporter):
         return choose(
             stored.anatomy, stored.specs, stored.model_class, stored.config, storage="dense"
         )
-
-    def logits(self, out: Path, tokens: Tensor) -> Tensor:
-        return run(load(out, dtype=torch.float32), tokens)
 
 
 def vllm(stored: Stored) -> str | None:

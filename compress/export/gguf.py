@@ -15,10 +15,10 @@ from torch import Tensor
 
 from compress import gguf_file
 from compress.anatomy import Site
-from compress.checkpoint import load, record
+from compress.checkpoint import record
 from compress.export import gguf_blocks, gguf_tokenizer, llama
-from compress.export.base import Exporter, Held, required, run
-from compress.export.dense import uneven
+from compress.export.base import Exporter, Held, required
+from compress.export.writing import uneven
 from compress.stored import Stored
 from compress.weights import Weight
 
@@ -135,9 +135,6 @@ class GGUFExporter(Exporter):
             kind = gguf.GGMLQuantizationType[self.otherwise]
             return kind.name, gguf.quants.quantize(weight.dense().numpy(), kind), "rounded again"
         return *gguf_blocks.plain(weight.dense(), dtype), "expanded"
-
-    def logits(self, out: Path, tokens: Tensor) -> Tensor:
-        return run(load(out, dtype=torch.float32), tokens)
 
     def other_logits(self, out: Path, tokens: Tensor) -> dict[str, Tensor]:
         return {"llama.cpp": llama.logits(out, tokens)} if find_spec("llama_cpp") else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from importlib.util import find_spec
@@ -13,13 +12,12 @@ import torch
 from torch import Tensor
 
 from compress.anatomy import Site
-from compress.checkpoint import load
 from compress.export.base import Exporter, Held, run
-from compress.export.dense import keep_record, uneven
+from compress.export.writing import uneven, write_folder
+from compress.formats import Format, Shapes
 from compress.stored import Stored
 from compress.weights import Quantized, Weight
-from compress.weights.layouts import WORD, to_gptq, widened
-from compress.writer import Shards, copy_companions
+from compress.weights.layouts import WORD, stored_bits, to_gptq, widened
 
 
 class GPTQExporter(Exporter):
@@ -48,41 +46,21 @@ class GPTQExporter(Exporter):
         return uneven(stored)
 
     def write(self, stored: Stored, out: Path) -> dict[str, Any]:
-        out.mkdir()
-        shards = Shards(out)
+        how = GPTQFormat(stored.anatomy, stored.specs, stored.model_class, stored.config)
         held: dict[str, Held] = {}
-        settings: dict[str, tuple[int, int, bool]] = {}
-        for block in stored.anatomy.blocks:
-            dense, others = stored.block(block)
-            for site in block.sites:
-                weight = stored.weight(site)
-                if not fits(site, weight.spec):
-                    matrix = dense[site.name].dense().to(weight.dtype)
-                    shards.add(site.parameter, matrix.T if site.layout == "conv1d" else matrix)
-                    if weight.kind == "quantized":
-                        held[site.name] = "expanded"
-                    continue
-                wide = widened(_packed(weight))
-                spec = wide.spec
-                settings[site.name] = (spec["bits"], spec["group"], spec["symmetric"])
-                tensors = to_gptq(wide)
-                scale = wide.tensors["weight_scale"]
-                exact = torch.equal(tensors["scales"].T.float(), scale.float())
-                held[site.name] = "exactly" if exact else "nearly"
-                for key, tensor in tensors.items():
-                    shards.add(f"{site.name}.{key}", tensor)
-            for name, tensor in others.items():
-                shards.add(name, tensor)
-        shards.close()
-        config = stored.plain_config()
-        config["quantization_config"] = _described(stored, settings)
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        copy_companions(stored.folder, out)
-        keep_record(stored.folder, out, "gptq", self.needs)
-        return {"held": held}
 
-    def logits(self, out: Path, tokens: Tensor) -> Tensor:
-        return run(load(out, dtype=torch.float32), tokens)
+        def weight(site: Site) -> Weight:
+            found = stored.weight(site)
+            if isinstance(found, Quantized):
+                held[site.name] = "expanded"
+                if fits(site, found.spec):
+                    scale = found.tensors["weight_scale"].float()
+                    exact = torch.equal(scale.half().float(), scale)
+                    held[site.name] = "exactly" if exact else "nearly"
+            return found
+
+        write_folder(stored, out, how, weight)
+        return {"held": held}
 
     def other_logits(self, out: Path, tokens: Tensor) -> dict[str, Tensor]:
         if not find_spec("gptqmodel"):
@@ -101,31 +79,42 @@ def fits(site: Site, spec: dict[str, Any]) -> bool:
     return whole and columns % spec["group"] == 0 and "activations" not in spec
 
 
-def _packed(weight: Weight) -> Quantized:
-    assert isinstance(weight, Quantized)
-    return weight
+class GPTQFormat(Format):
+    """``qweight``, ``qzeros``, ``scales`` and ``g_idx`` where they fit, plain tensors elsewhere."""
 
+    name = "gptq"
+    needs = GPTQExporter.needs
 
-def _described(stored: Stored, settings: dict[str, tuple[int, int, bool]]) -> dict[str, Any]:
-    """``quantization_config``: what most matrices have, and by name what others have instead."""
-    (bits, group, _), _ = Counter(settings.values()).most_common(1)[0]
-    symmetric = all(even for _, _, even in settings.values())
-    changes: dict[str, dict[str, int]] = {}
-    for site in stored.anatomy.sites:
-        exactly = f"^{re.escape(site.name)}$"
-        if site.name not in settings:
-            if site.layout != "embedding" and site.block is not None:
-                changes[f"-:{exactly}"] = {}
-        elif settings[site.name][:2] != (bits, group):
-            own_bits, own_group, _ = settings[site.name]
-            changes[f"+:{exactly}"] = {"bits": own_bits, "group_size": own_group}
-    return {
-        "quant_method": "gptq",
-        "checkpoint_format": "gptq" if symmetric else "gptq_v2",
-        "bits": bits,
-        "group_size": group,
-        "sym": symmetric,
-        "desc_act": False,
-        "lm_head": False,
-        **({"dynamic": changes} if changes else {}),
-    }
+    def refusal(self) -> str | None:
+        return None
+
+    def tensors(self, site: Site, weight: Weight) -> dict[str, Tensor]:
+        if not isinstance(weight, Quantized) or not fits(site, weight.spec):
+            return super().tensors(site, weight)
+        return {f"{site.name}.{key}": t for key, t in to_gptq(widened(weight)).items()}
+
+    def configure(self, config: dict[str, Any], shapes: Shapes) -> None:
+        """``quantization_config``: what most matrices have, by name what others have instead."""
+        packed = {s.name: self.specs[s.name] for s in self.sites if fits(s, self.specs[s.name])}
+        settings = {n: (stored_bits(spec["bits"]), spec["group"]) for n, spec in packed.items()}
+        (bits, group), _ = Counter(settings.values()).most_common(1)[0]
+        symmetric = all(spec["symmetric"] for spec in packed.values())
+        changes: dict[str, dict[str, int]] = {}
+        for site in self.sites:
+            exactly = f"^{re.escape(site.name)}$"
+            if site.name not in settings:
+                if site.layout != "embedding" and site.block is not None:
+                    changes[f"-:{exactly}"] = {}
+            elif settings[site.name] != (bits, group):
+                own_bits, own_group = settings[site.name]
+                changes[f"+:{exactly}"] = {"bits": own_bits, "group_size": own_group}
+        config["quantization_config"] = {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq" if symmetric else "gptq_v2",
+            "bits": bits,
+            "group_size": group,
+            "sym": symmetric,
+            "desc_act": False,
+            "lm_head": False,
+            **({"dynamic": changes} if changes else {}),
+        }

@@ -5,13 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from compress.anatomy import Site
-from compress.checkpoint import load
-from compress.export.base import Exporter, run
-from compress.export.folder import write_folder
+from compress.export.base import Exporter
+from compress.export.writing import write_folder
 from compress.formats import ModellingFile
 from compress.stored import Stored
 from compress.weights import Huffman, Quantized, Weight
@@ -53,6 +49,3 @@ class HuffmanExporter(Exporter):
         how = ModellingFile(stored.anatomy, specs, stored.model_class, stored.config)
         write_folder(stored, out, how, weight)
         return {}
-
-    def logits(self, out: Path, tokens: Tensor) -> Tensor:
-        return run(load(out, dtype=torch.float32), tokens)

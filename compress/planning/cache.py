@@ -8,11 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from compress.workdir import user_cache
+
 
 def cache_folder() -> Path:
-    """``compresskit/plans`` in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "compresskit" / "plans"
+    """Where plans keep what they find out."""
+    return user_cache() / "plans"
 
 
 def digest(what: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from compress.export import onnx_session
 from compress.export.export import export
 from compress.export.onnx_session import Session, text_feeds
 from compress.source import resolve
+from compress.workdir import user_cache
 
 
 def load(path: str | Path, *, threads: int | None = None) -> OnnxModel:
@@ -36,8 +36,7 @@ def load(path: str | Path, *, threads: int | None = None) -> OnnxModel:
 
 def exported(folder: Path) -> Path:
     """The ONNX folder of a checkpoint in the user's cache; written now if it is not there."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    out = home / "compresskit" / "onnx" / fingerprint(folder)
+    out = user_cache() / "onnx" / fingerprint(folder)
     if not (out / onnx_session.FILE).is_file():
         out.parent.mkdir(parents=True, exist_ok=True)
         export(folder, "onnx", out)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.anatomy import Site
@@ -84,8 +84,7 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     left = [name for name, p in model.named_parameters() if p.device.type == "meta"]
     if left:
         raise CheckpointError(f"{stored.folder}: {len(left)} tensors are missing, first {left[0]}")
-    if (stored.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(stored.folder)
+    stored.set_generation(model)
     report.notes = _notes(model, grids)
     model.__dict__ |= {"packed_report": report, "save_pretrained": _refuse_to_save}
     return model.requires_grad_(False).eval()

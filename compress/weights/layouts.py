@@ -87,10 +87,14 @@ def _on_grid(
     return Quantized.pack(codes, scale, kept, bits=bits, group=group, dtype=dtype)
 
 
+def stored_bits(bits: int) -> int:
+    """As many bits a code as GPTQ has a layout for."""
+    return bits if bits in GPTQ_BITS else 8
+
+
 def widened(weight: Quantized) -> Quantized:
-    """The same numbers with as many bits a code as GPTQ has a layout for."""
-    bits = weight.spec["bits"]
-    if bits in GPTQ_BITS:
+    """The same numbers in ``stored_bits``."""
+    if weight.spec["bits"] in GPTQ_BITS:
         return weight
     half = 1 << 7
     zero = (

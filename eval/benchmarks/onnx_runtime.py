@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -93,10 +94,7 @@ def main() -> None:
 
 def runs(how: str) -> bool:
     """Whether what is needed is installed; llama.cpp is left out where it is not."""
-    try:
-        return how != "gguf" or bool(__import__("llama_cpp"))
-    except ImportError:
-        return False
+    return how != "gguf" or find_spec("llama_cpp") is not None
 
 
 def make(folder: Path, wanted: set[tuple[str, str]], layers: int, width: int) -> None:
