@@ -41,9 +41,9 @@ Columns = Annotated[
 Length = Annotated[int | None, typer.Option(min=8, help="Tokens in a window.")]
 
 
-PLANNED: dict[str, Any] = {
-    "stages": [{"use": "gptq", "targets": ["all"]}]
-}  # what --size alone stands for
+PLANNED: dict[str, Any] = {  # what --size alone stands for
+    "stages": [{"use": "gptq", "targets": ["all"], "budget": {"families": ["quantization"]}}]
+}
 
 
 def names(commas: str | None) -> list[str]:
@@ -76,7 +76,7 @@ def overrides(
         RecipeError: an item of ``--set`` is not KEY=VALUE.
     """
     given: dict[str, Any] = {"model": model, "calibration.data": data, "seed": seed}
-    given["stages.0.budget"] = {"size": size} if size else None
+    given["stages.0.budget.size"] = size
     found = {key: value for key, value in given.items() if value is not None}
     for item in sets or []:
         key, equals, value = item.partition("=")

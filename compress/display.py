@@ -200,10 +200,10 @@ def preflight_table(plan: Preflight) -> None:
 
 
 def plan_table(plan: Plan, source: Source) -> None:
-    """Bits and group by layer and role, a row a layer, on standard output."""
+    """What each matrix becomes, by layer and role, a row a layer, on standard output."""
     sites = [site for site in source.anatomy.sites if site.name in plan.settings]
     roles = list(dict.fromkeys(site.role for site in sites if site.block is not None))
-    table = Table("bits/group", *roles, box=None, header_style="bold", pad_edge=False)
+    table = Table("", *roles, box=None, header_style="bold", pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
     found = {(site.block, site.role): plan.settings[site.name].label for site in sites}

@@ -10,9 +10,11 @@ Of several processes each runs its share of the text, and solves the problems of
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,27 +41,50 @@ from compress.weights.base import rounding
 
 
 def solve(
-    number: int, stage: Stage, recipe: Recipe, source: Source, before: Blocks, store: Store
+    number: int,
+    stage: Stage,
+    recipe: Recipe,
+    source: Source,
+    before: Blocks,
+    store: Store,
+    known: dict[str, Sensitivity] | None = None,
 ) -> Iterator[Event]:
     """Write to ``store`` every block of ``before``, the stage's sites compressed.
+
+    ``known`` is what the loss's gradients say of the sites, if that was measured already.
 
     Raises:
         ModelError: a solution is not finite.
     """
     map_large()
     if calibrates(stage, recipe, source):
-        yield from _Calibrated(number, stage, recipe, source, before, store).events()
+        pass_ = _Calibrated(number, stage, recipe, source, before, store)
+        pass_.sensitivities = known or {}
+        yield from pass_.events()
     else:
         yield from _without_data(number, stage, source, before, store)
 
 
 def problems(
-    stage: Stage, recipe: Recipe, source: Source, before: Blocks, store: Store
+    stage: Stage,
+    recipe: Recipe,
+    source: Source,
+    before: Blocks,
+    store: Store,
+    known: dict[str, Sensitivity],
 ) -> Iterator[LayerProblem]:
-    """Every problem of a calibrated stage in the model as it is, gradients measured; no solving."""
+    """Every problem of a calibrated stage in the model as it is; no solving."""
     looking = _Calibrated(0, stage, recipe, source, before, store)
-    looking.sensitivities = looking.measured()
+    looking.sensitivities = known
     yield from looking.problems()
+
+
+def measured_sensitivities(
+    stage: Stage, recipe: Recipe, source: Source, before: Blocks
+) -> dict[str, Sensitivity]:
+    """What the loss's gradients say of every site of a calibrated stage."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _Calibrated(0, stage, recipe, source, before, Store(Path(folder))).measured()
 
 
 def _without_data(
@@ -144,7 +169,7 @@ def record(
         "bytes_before": problem.weight.nbytes,
         "bytes": weight.nbytes,
         "relative_error": error,
-        "packs": stage.compressor.packs,
+        "packs": stage.compressor_for(site).packs,
         "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
     } | rounding(weight.spec)
 
@@ -189,7 +214,8 @@ class _Calibrated:
 
     def events(self) -> Iterator[Event]:
         predicts = family(self.source.skeleton) != "other"  # or else there is no loss
-        if predicts and any(self.solver(name).reads_gradients for name in self.sites):
+        reads = any(self.solver(name).reads_gradients for name in self.sites)
+        if predicts and reads and not self.sensitivities:
             self.sensitivities = self.measured()
         self.solvers = _prepared(self.solvers, self.compressor, self.problems)
         total = sum(map(len, self.left.values()))

@@ -33,10 +33,16 @@ def plan(
     out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("plan.yaml"),
     model: Model = "demo",
     data: Data = None,
+    families: Annotated[
+        str, typer.Option(help="What to choose from: quantization, low-rank, pruning.")
+    ] = "quantization",
     targets: Annotated[str, typer.Option(help="Which weights, as in a recipe.")] = "all",
     format: Annotated[
         str, typer.Option(help="any, or compressed-tensors: only what that holds.")
     ] = "any",
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Only what the packed runtime computes faster.")
+    ] = False,
     effort: Annotated[
         int, typer.Option(min=0, help="Other plans to apply and measure; the best one is kept.")
     ] = 0,
@@ -45,13 +51,14 @@ def plan(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose bits and groups for every matrix so that the file is just within a size.
+    """Choose a method and its settings for every matrix so that the file is just within a size.
 
     [bold]compress plan --size 25% --out small.yaml && compress apply small.yaml --out small[/]
     """
     from compress import recipe as recipe_files
     from compress.planning import goals
     from compress.planning.cache import cache_folder
+    from compress.planning.menus import methods_of
     from compress.planning.planner import Planner
     from compress.source import Source
 
@@ -64,7 +71,10 @@ def plan(
     source = Source(recipe.model, untie=recipe.untie)
     budget = parse_size(size, source.nbytes) if size else 0
     share = parse_share(keep) if keep else 0.0
-    planner = Planner(recipe, source, recipe.stages[0], cache=cache_folder(), plain=format != "any")
+    planner = Planner(
+        recipe, source, recipe.stages[0], methods=methods_of(names(families)),
+        cache=cache_folder(), plain=format != "any", speed=speed,
+    )  # fmt: skip
     silent = quiet or as_json
     follow(planner.work(), "plan", silent)
     below: Plan | None = None

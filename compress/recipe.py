@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from compress import registry
 from compress.anatomy import Anatomy, Site, matches, select
 from compress.compressors.base import (
+    CalibratedCompressor,
     Compressor,
     LayerCompressor,
     StructureCompressor,
@@ -56,8 +57,8 @@ class Evaluation(BaseModel):
 class Stage(BaseModel):
     """One compressor with its parameters, and the weights it takes.
 
-    ``overrides`` maps a pattern, as in targets, to the compressor with other parameters; where
-    several match a site, the last one counts.
+    ``overrides`` maps a pattern, as in targets, to the compressor with other parameters, or to
+    another one that solves the same layer problem; where several match a site, the last one counts.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
@@ -88,10 +89,11 @@ class Stage(BaseModel):
         for pattern in self.overrides:
             select(chosen, [pattern], [], None, anatomy.layers)
         for site in chosen:
-            if site.layout not in self.compressor.layouts:
+            compressor = self.compressor_for(site)
+            if site.layout not in compressor.layouts:
                 raise RecipeError(
-                    f"{self.use} cannot compress {site.name}, an {site.layout}; "
-                    f"it takes {', '.join(sorted(self.compressor.layouts))}"
+                    f"{compressor.name} cannot compress {site.name}, an {site.layout}; "
+                    f"it takes {', '.join(sorted(compressor.layouts))}"
                 )
         return chosen
 
@@ -104,12 +106,16 @@ class Stage(BaseModel):
         more = {"skip": self.skip or None, "blocks": self.blocks, "budget": budget}
         out |= {key: value for key, value in more.items() if value is not None}
         if self.overrides:
-            common = self.compressor.model_dump(mode="json")
-            out["overrides"] = {
-                pattern: {k: v for k, v in made.model_dump(mode="json").items() if v != common[k]}
-                for pattern, made in self.overrides.items()
-            }
+            out["overrides"] = {p: self._changes(made) for p, made in self.overrides.items()}
         return out
+
+    def _changes(self, made: Compressor) -> dict[str, Any]:
+        """What an override says: where it differs, or all of another method's parameters."""
+        own = made.model_dump(mode="json")
+        if made.name != self.use:
+            return {"use": made.name} | {k: v for k, v in own.items() if v is not None}
+        common = self.compressor.model_dump(mode="json")
+        return {k: v for k, v in own.items() if v != common[k]}
 
 
 class Recipe(BaseModel):
@@ -309,10 +315,7 @@ def _stage(raw: Any, where: str, at: str) -> Stage:
         raise RecipeError(
             f"{where}: {at}: a stage is a mapping with a 'use' key, e.g. {{use: rtn, bits: 4}}"
         )
-    try:
-        cls = registry.get(str(raw["use"]))
-    except RecipeError as error:
-        raise RecipeError(f"{where}: {at}.use: {error}") from error
+    cls = _method(raw["use"], where, f"{at}.use")
     own = ("targets", "skip", "blocks", "overrides", "budget")
     parameters = {k: v for k, v in raw.items() if k not in (*own, "use")}
     _known(parameters, [*cls.model_fields, *own, "use"], where, at + ".")
@@ -345,13 +348,36 @@ def _overrides(
             f"{where}: {at}: expected patterns with parameters, e.g. down_proj: {{bits: 5}}"
         )
     made: dict[str, Compressor] = {}
-    for pattern, parameters in raw.items():
-        _known(parameters, cls.model_fields, where, f"{at}.{pattern}.")
+    for pattern, changes in raw.items():
+        other = _method(changes["use"], where, f"{at}.{pattern}.use") if "use" in changes else cls
+        kin = {_kin(cls), _kin(other)}
+        if len(kin) > 1:
+            raise RecipeError(
+                f"{where}: {at}.{pattern}.use: {other.name} cannot stand in for {cls.name}: one "
+                "looks at text, or starts from the original, and the other does not"
+            )
+        parameters = {k: v for k, v in changes.items() if k != "use"}
+        _known(parameters, [*other.model_fields, "use"], where, f"{at}.{pattern}.")
+        if other is cls:
+            parameters = {**common, **parameters}
         try:
-            made[str(pattern)] = cls.model_validate({**common, **parameters})
+            made[str(pattern)] = other.model_validate(parameters)
         except ValidationError as error:
             raise RecipeError(f"{where}: {_explain(error, f'{at}.{pattern}.')}") from error
     return made
+
+
+def _method(name: Any, where: str, at: str) -> type[Compressor]:
+    """The compressor of that name."""
+    try:
+        return registry.get(str(name))
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {at}: {error}") from error
+
+
+def _kin(cls: type[Compressor]) -> tuple[bool, bool, bool]:
+    """Methods with the same can solve the sites of one stage, in one pass."""
+    return issubclass(cls, LayerCompressor), issubclass(cls, CalibratedCompressor), cls.restores
 
 
 def _range(value: Any, where: str, at: str) -> list[int]:

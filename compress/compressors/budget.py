@@ -19,6 +19,11 @@ class Budget(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     size: str = Field(description="of the whole weight file: 30% of the original's, or 300MB")
+    families: list[str] = Field(
+        default_factory=list,
+        description="methods to choose from: quantization, low-rank, pruning; the stage's own, "
+        "unless given",
+    )
 
     @field_validator("size")
     @classmethod

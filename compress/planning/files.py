@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from compress.anatomy import Site
-from compress.compressors.quantization.gptq import GPTQ
 from compress.formats import Format
 from compress.formats import choose as choose_format
+from compress.planning.menus import Menu
 from compress.planning.options import Option, Settings
 from compress.source import Source
 from compress.store import file_size
-from compress.weights import Dense, Quantized, Weight
-from compress.weights.quantized import scale_dtype
+from compress.weights import Dense, Weight
 
 
 class Files:
-    """Exact bytes, from weights of the right shapes and no numbers."""
+    """Bytes from weights of the right shapes and no numbers: exact, or of streams at most."""
 
-    def __init__(self, source: Source, gptq: GPTQ, storage: str) -> None:
-        self.source, self.gptq, self.storage = source, gptq, storage
+    def __init__(self, source: Source, menus: Mapping[str, Menu], storage: str) -> None:
+        self.source, self.menus, self.storage = source, menus, storage
         self.sites = {site.name: site for site in source.anatomy.sites}
         self.known: dict[tuple[str, Option], Weight] = {}
         inside = {site.parameter for site in self.sites.values()}
@@ -42,6 +43,10 @@ class Files:
             tensors |= how.tensors(site, self._weight(name, settings))
         return file_size(tensors)
 
+    def bytes(self, site: Site, option: Option) -> int:
+        """Of one matrix."""
+        return self._weight(site.name, {site.name: option}).nbytes
+
     def _weight(self, name: str, settings: Settings) -> Weight:
         option = settings.get(name, Option())
         if (name, option) not in self.known:
@@ -49,17 +54,6 @@ class Files:
         return self.known[name, option]
 
     def _made(self, site: Site, option: Option) -> Weight:
-        rows, columns = site.shape
-        if option.bits is None:
-            return Dense.of(torch.empty(rows, columns, dtype=site.dtype, device="meta"))
-        group = columns if option.group == "channel" else min(option.group, columns)
-        grid = torch.zeros(rows, -(-columns // group))
-        packed = Quantized.pack(
-            torch.zeros(rows, columns, dtype=torch.uint8),
-            grid.to(scale_dtype(site.dtype)),
-            None if self.gptq.symmetric else grid,
-            bits=option.bits,
-            group=group,
-            dtype=site.dtype,
-        )
-        return Quantized(packed.spec, {k: t.to("meta") for k, t in packed.tensors.items()})
+        if option.use:
+            return self.menus[option.use].weight(site, option)
+        return Dense.of(torch.empty(site.shape, dtype=site.dtype, device="meta"))

@@ -6,9 +6,11 @@ import math
 from collections.abc import Generator
 from pathlib import Path
 
+from compress.compressors.budget import Budget
 from compress.errors import DataError, RecipeError
 from compress.events import Event
 from compress.planning.cache import cache_folder
+from compress.planning.menus import methods_of
 from compress.planning.planner import Plan, Planner
 from compress.recipe import Recipe, Stage
 from compress.sizes import parse_size
@@ -19,12 +21,13 @@ NEARBY = 4  # sizes that it tries next to the law's guess
 
 
 def plan(
-    recipe: Recipe, source: Source, stage: Stage, budget: int, cache: Path | None = None
+    recipe: Recipe, source: Source, stage: Stage, budget: Budget, cache: Path | None = None
 ) -> Generator[Event, None, Plan]:
-    """The settings of least cost for a file of ``budget`` bytes; nothing is measured."""
-    planner = Planner(recipe, source, stage, cache=cache)
+    """The settings of least cost for a file of that size; nothing is measured."""
+    methods = methods_of(budget.families)
+    planner = Planner(recipe, source, stage, methods=methods, cache=cache)
     yield from planner.look()
-    return planner.fit(budget)
+    return planner.fit(parse_size(budget.size, source.nbytes))
 
 
 def keep(planner: Planner, share: float) -> Generator[Event, None, tuple[Plan, Plan | None]]:
@@ -81,6 +84,5 @@ def resolved(recipe: Recipe, source: Source) -> Generator[Event, None, Recipe]:
         )
     first, *rest = recipe.stages
     assert first.budget
-    budget = parse_size(first.budget.size, source.nbytes)
-    made = yield from plan(recipe, source, first, budget, cache_folder())
-    return recipe.model_copy(update={"stages": [*made.recipe.stages, *rest]})
+    made = yield from plan(recipe, source, first, first.budget, cache_folder())
+    return made.recipe.model_copy(update={"stages": [*made.recipe.stages, *rest]})

@@ -15,6 +15,7 @@ from compress.compressors.distillation.losses import forward_kl, log_probabiliti
 from compress.layerwise import solve
 from compress.objective import IGNORED, Examples, examples
 from compress.recipe import Recipe
+from compress.sensitivity import Sensitivity
 from compress.source import Original, Source
 from compress.store import Store
 
@@ -32,15 +33,21 @@ def held_out(recipe: Recipe, source: Source) -> Examples | None:
     return examples(source.skeleton, tokens, sizes, load_tokenizer(source.folder), seed=recipe.seed)
 
 
-def measure(recipe: Recipe, source: Source, held: Examples) -> tuple[float, float]:
+def measure(
+    recipe: Recipe,
+    source: Source,
+    held: Examples,
+    known: dict[str, Sensitivity] | None = None,
+) -> tuple[float, float]:
     """KL(original ‖ compressed) in nats a token after the recipe's first stage, and its error.
 
-    The stage is applied as ``compress apply`` does. Both models are in memory, as float32.
+    The stage is applied as ``compress apply`` does, with the loss's gradients as far as they are
+    ``known``. Both models are in memory, as float32.
     """
     torch.manual_seed(recipe.seed * 1000)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "stage-0")
-        for _ in solve(0, recipe.stages[0], recipe, source, Original(source), store):
+        for _ in solve(0, recipe.stages[0], recipe, source, Original(source), store, known):
             pass
         small = assemble(source, store, torch.float32)
     original = assemble(source, Original(source), torch.float32)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,26 +19,30 @@ from typing import Any
 
 import torch
 
+from compress.anatomy import Site
 from compress.calibration import calibrates, check_text, text
+from compress.compressors.base import CalibratedCompressor
 from compress.compressors.budget import allocate, by_table, least_cost
-from compress.compressors.quantization.bits import WIDTHS
 from compress.compressors.quantization.gptq import GPTQ
 from compress.errors import DataError, ModelError, RecipeError
 from compress.events import Event
-from compress.layerwise import problems
+from compress.layerwise import measured_sensitivities, problems
 from compress.objective import Examples, family
 from compress.planning.cache import Cache, digest
 from compress.planning.files import Files
 from compress.planning.law import Law
 from compress.planning.measure import held_out, measure
-from compress.planning.options import Choices, Option, Settings, filled, groups_of, tried
+from compress.planning.menus import REFERENCE, Grids, Menu, fast, menus_of
+from compress.planning.options import Choices, Option, Settings
+from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
+from compress.sensitivity import Sensitivity
 from compress.source import Original, Source
 from compress.store import Store
 from compress.writer import versions
 
 ANCHORS = 8  # measured plans that the law goes through
-WHY = "# Bits and groups: each byte went where the loss's gradients say that it saves most.\n"
+WHY = "# Settings: each byte went where the loss's gradients say that it saves most.\n"
 TEMPER = 0.25  # standard deviation of ln cost between one refinement's try and the next
 
 
@@ -46,7 +51,7 @@ class Plan:
     """A recipe that is predicted to fit.
 
     settings  the option of every matrix that the stage takes, by name
-    bytes     of the weight file that it makes, exactly
+    bytes     of the weight file that it makes, exactly; with entropy-coded integers at most
     budget    bytes that were given
     cost      Σ ½ tr(F D H Dᵀ) of the trials, nats a token
     gap       share of ``cost`` by which the best choice may be better, at most (Lagrange's bound)
@@ -100,7 +105,7 @@ class Plan:
             "predicted": self.predicted,
             "next": self.next,
             "measured": self.measured,
-            "settings": {n: [o.bits, o.group] for n, o in self.settings.items() if o.bits},
+            "settings": {n: {"use": o.use} | o.fields for n, o in self.settings.items() if o.use},
         }
 
     def to_yaml(self, original: int) -> str:
@@ -110,13 +115,15 @@ class Plan:
 
 
 class Planner:
-    """Plans for one gptq ``stage`` of a recipe.
+    """Plans for one ``stage`` of a recipe, whose method goes by a size.
 
-    ``plain`` keeps to what compressed-tensors holds: no packed tables, groups that divide widths.
+    ``methods`` are those that sites may get, that of the stage alone unless given. ``plain`` keeps
+    to what compressed-tensors holds: grids, no packed tables, groups that divide widths. ``speed``
+    keeps to what the packed runtime computes faster than the matrix as it is.
 
     Raises:
-        ModelError: the model predicts no tokens. DataError: there is no text. RecipeError: the
-        stage is no gptq.
+        ModelError: the model predicts no tokens. DataError: there is no text. RecipeError: a
+        method does not go by a size, or nothing is left to choose.
     """
 
     def __init__(
@@ -125,11 +132,16 @@ class Planner:
         source: Source,
         stage: Stage,
         *,
+        methods: Sequence[str] | None = None,
         cache: Path | None = None,
         plain: bool = False,
+        speed: bool = False,
     ) -> None:
-        if not isinstance(stage.compressor, GPTQ):
-            raise RecipeError(f"{stage.use} does not go by a size; gptq does")
+        own = stage.compressor if isinstance(stage.compressor, CalibratedCompressor) else None
+        methods = [m for m in methods or [stage.use] if m == "gptq" or not plain]
+        self.menus = menus_of(methods, own)
+        if not self.menus:
+            raise RecipeError("compressed-tensors holds gptq's grids, which is not among the methods")
         if not calibrates(stage, recipe, source):
             if not recipe.data:
                 raise DataError("a plan needs text: give --data")
@@ -137,30 +149,40 @@ class Planner:
         if family(source.skeleton) == "other":
             name = source.model_class.__name__
             raise ModelError(f"{name} predicts no tokens, so nothing tells what an error costs")
+        if "admm" in self.menus:  # zeros save bytes where the file holds masks
+            recipe = recipe.model_copy(update={"storage": "compact"})
         self.recipe = recipe.model_copy(update={"stages": [stage]})
         check_text(self.recipe, source)
-        self.source, self.stage = source, stage
-        self.gptq = stage.compressor.model_copy(update={"bits": 4})
-        self.files = Files(source, self.gptq, recipe.storage)
+        self.source, self.stage, self.speed = source, stage, speed
+        for menu in self.menus.values():
+            if isinstance(menu, Grids):
+                menu.dividing = plain
+        self.files = Files(source, self.menus, recipe.storage)
         self.sites = {
             site.name: site
-            for site in stage.sites(source.anatomy)
-            if not plain or (site.layout == "linear" and not site.aliases)
+            for site in source.anatomy.sites
+            if site in stage.sites(source.anatomy)
+            and (not plain or (site.layout == "linear" and not site.aliases))
+            and any(menu.knots(site) for menu in self.menus.values())
         }
         if not self.sites:
             raise RecipeError("none of the weights that are taken can be held packed")
-        self.groups = {n: groups_of(s, dividing=plain) for n, s in self.sites.items()}
         self.choices: list[Choices] = []
         self.law: Law | None = None
         wanted = recipe.calibration
         read = text(recipe, source, wanted.samples, wanted.length)
         key = [source.hash, read.hash, recipe.seed, recipe.untie, versions()]
-        self.cache = Cache(cache, [*key, self.gptq.model_dump(mode="json", exclude={"group"})])
+        self.cache = Cache(cache, key)
 
     @property
     def least(self) -> int:
         """Bytes of the smallest file that can be planned."""
         return self.files.size({c.name: c.options[0] for c in self.choices})
+
+    @property
+    def most(self) -> int:
+        """Bytes with every matrix in the largest of its options that is not itself."""
+        return self.files.size({c.name: c.largest for c in self.choices})
 
     def work(self) -> Generator[Event, None, None]:
         """All that takes time: costs, and what they come to."""
@@ -168,9 +190,8 @@ class Planner:
         yield from self.calibrate()
 
     def frontier(self, count: int) -> list[Plan]:
-        """The best for ``count`` sizes, from the least up to all matrices in 8 bits, evenly."""
-        most = self.files.size({name: Option(8, "channel") for name in self.sites})
-        least = self.least
+        """The best for ``count`` sizes, evenly from the least up to ``most``."""
+        most, least = self.most, self.least
         return [self.fit(least + (most - least) * n // (count - 1)) for n in range(count)]
 
     def look(self) -> Iterator[Event]:
@@ -178,34 +199,30 @@ class Planner:
 
         The model is in memory once, as float32.
         """
-        missing = [n for n in self.sites if n not in self.cache.costs or self._short(n)]
+        missing = {name: left for name in self.sites if (left := self._untried(name))}
         if missing:
-            asked = self.stage.model_copy(
-                update={"compressor": self.gptq.model_copy(update={"bits": 3.5}), "overrides": {}}
-            )
-            with tempfile.TemporaryDirectory() as folder:
-                at, done = Original(self.source), len(self.sites) - len(missing)
+            done = len(self.sites) - len(missing)
+            yield Event("options", done, len(self.sites))
+            for problem in self._problems():
+                if problem.name not in missing:
+                    continue
+                costs = self.cache.costs.setdefault(problem.name, {})
+                for menu, option in missing[problem.name]:
+                    costs[f"{menu.key} {option.label}"] = menu.cost(problem, option)
+                self.cache.keep()
+                done += 1
                 yield Event("options", done, len(self.sites))
-                for problem in problems(asked, self.recipe, self.source, at, Store(Path(folder))):
-                    if problem.name not in missing:
-                        continue
-                    found = tried(problem, self.gptq, self.groups[problem.name])
-                    self.cache.costs[problem.name] = found
-                    self.cache.keep()
-                    done += 1
-                    yield Event("options", done, len(self.sites))
-        self.choices = [
-            Choices.of(site, self.gptq, filled(self.cache.costs[name], self.groups[name]))
+        self.choices = [  # without those to which no token came
+            Choices.of(site, [*self._options(site)])
             for name, site in self.sites.items()
-            if name in self.cache.costs  # no token came by
+            if name in self.cache.costs
         ]
 
     def calibrate(self) -> Iterator[Event]:
         """Apply and measure a few plans over the whole range of sizes."""
         if self.held is None:
             return
-        most = self.files.size({name: Option(8, "channel") for name in self.sites})
-        least = self.least
+        most, least = self.most, self.least
         costs, found = [], []
         yield Event("measure", 0, ANCHORS)
         for number in range(ANCHORS):
@@ -223,9 +240,10 @@ class Planner:
         """
         if self.least > budget:
             raise RecipeError(
-                f"{budget:,} bytes are too few: {len(self.choices)} matrices in {WIDTHS[0]} bits "
-                f"come to {self.least:,} ({self.least / self.source.nbytes:.1%}); "
-                "take more of them (targets: all)"
+                f"{budget:,} bytes are too few: {len(self.choices)} matrices by "
+                f"{', '.join(self.menus)} come to {self.least:,} at least "
+                f"({self.least / self.source.nbytes:.1%}); take more of them (targets: all), or "
+                "other families"
             )
         settings = self._fitting(choices or self.choices, budget)
         cost = self._cost(settings)
@@ -252,7 +270,9 @@ class Planner:
         assert self.held is not None
         key = digest(made.recipe.stages[0].dump())
         if key not in self.cache.measured:
-            self.cache.measured[key] = list(measure(made.recipe, self.source, self.held))
+            known = self.sensitivities if self._reads_gradients(made) else None
+            found = measure(made.recipe, self.source, self.held, known)
+            self.cache.measured[key] = list(found)
             self.cache.keep()
         value, error = self.cache.measured[key]
         return value, error
@@ -309,26 +329,62 @@ class Planner:
 
     def _recipe(self, settings: Settings) -> Recipe:
         """One stage: an override for each matrix, and what is left alone skipped."""
-        alone = [name for name in self.sites if settings.get(name, Option()).bits is None]
-        common = self.gptq
-        overrides = {
-            name: option.of(common)
-            for name, option in settings.items()
-            if option.bits is not None
-            and (option.bits, option.group) != (common.bits, common.group)
-        }
+        made = {n: self.menus[o.use].of(o) for n, o in settings.items() if o.use}
         taken = self.stage.sites(self.source.anatomy)
-        outside = [site.name for site in taken if site.name not in self.sites]
         changes = {
-            "compressor": common,
-            "overrides": overrides,
-            "skip": [*self.stage.skip, *outside, *alone],
+            "compressor": self._main(settings),
+            "overrides": made,
+            "skip": [*self.stage.skip, *(site.name for site in taken if site.name not in made)],
+            "budget": None,
         }
         return self.recipe.model_copy(update={"stages": [self.stage.model_copy(update=changes)]})
 
-    def _short(self, name: str) -> bool:
-        """Whether an earlier plan tried fewer groups of a matrix."""
-        return any(Option(4, g).label not in self.cache.costs[name] for g in self.groups[name])
+    def _main(self, settings: Settings) -> CalibratedCompressor:
+        """The method of most matrices."""
+        used = Counter(option.use for option in settings.values() if option.use)
+        method = used.most_common(1)[0][0] if used else next(iter(self.menus))
+        return self.menus[method].solver
+
+    def _reads_gradients(self, made: Plan) -> bool:
+        return any(self.menus[o.use].solver.reads_gradients for o in made.settings.values() if o.use)
+
+    @cached_property
+    def sensitivities(self) -> dict[str, Sensitivity]:
+        """What the loss's gradients say of every site in the model as it is."""
+        return measured_sensitivities(self._looking, self.recipe, self.source, Original(self.source))
+
+    @property
+    def _looking(self) -> Stage:
+        """A stage that looks at all sites, tables too, and at what the loss feels of them."""
+        base = self.menus["gptq"].solver if "gptq" in self.menus else GPTQ.model_validate({})
+        looks = base.model_copy(update={"bits": 3.5, "group": REFERENCE})
+        return self.stage.model_copy(update={"compressor": looks, "overrides": {}})
+
+    def _problems(self) -> Iterator[LayerProblem]:
+        with tempfile.TemporaryDirectory() as folder:
+            at, store = Original(self.source), Store(Path(folder))
+            yield from problems(
+                self._looking, self.recipe, self.source, at, store, self.sensitivities
+            )
+
+    def _untried(self, name: str) -> list[tuple[Menu, Option]]:
+        """What has to be tried of a matrix, and was not yet."""
+        known = self.cache.costs.get(name, {})
+        wanted = [(menu, o) for menu in self.menus.values() for o in menu.knots(self.sites[name])]
+        return [(menu, o) for menu, o in wanted if f"{menu.key} {o.label}" not in known]
+
+    def _options(self, site: Site) -> Iterator[tuple[int, float, Option]]:
+        """Bytes, cost and option, of all options of a matrix."""
+        for menu in self.menus.values():
+            start = f"{menu.key} "
+            costs = {
+                label.removeprefix(start): price
+                for label, price in self.cache.costs[site.name].items()
+                if label.startswith(start)
+            }
+            for option, price in menu.options(site, costs):
+                if fast(option) or not self.speed:
+                    yield self.files.bytes(site, option), price, option
 
 
 def _best(choices: list[Choices], budget: int) -> list[int]:

@@ -143,6 +143,10 @@ class SVD(Truncation):
             rank = max(1, int((size <= self._ratio * dense).sum()))
         return rank if rank <= len(size) and size[rank - 1] < dense else None
 
+    def rank_of(self, shape: Shape, dtype: torch.dtype) -> int | None:
+        """The rank for a matrix of this shape, before any is chosen; None where it stays dense."""
+        return self._rank(shape, dtype.itemsize, None)
+
     def pieces(self, shape: Shape) -> list[Shape]:
         rank = self._rank(shape, 2, None)
         return [shape] if rank is None else [(shape[0], rank), (rank, shape[1])]

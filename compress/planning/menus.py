@@ -1,0 +1,271 @@
+"""The options that each method has for a matrix, and what each would cost.
+
+A few are really solved, in the model as it is; they share the moments of the inputs and their
+factorization. Between them costs are interpolated in their logarithm, where they are nearly
+straight: a bit more a weight quarters an error.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from compress import registry
+from compress.anatomy import Site
+from compress.compressors.base import CalibratedCompressor
+from compress.compressors.lowrank.svd import SVD
+from compress.compressors.quantization.bits import WIDTHS, cost
+from compress.errors import RecipeError
+from compress.planning.cache import digest
+from compress.planning.options import Option
+from compress.problem import LayerProblem
+from compress.weights import Coded, Dense, LowRank, Quantized, Sparse, Weight
+from compress.weights.base import spec_of
+from compress.weights.quantized import scale_dtype
+
+Group: TypeAlias = int | Literal["channel"]
+Costs: TypeAlias = Mapping[str, float]  # what was tried, by its option's label
+
+GROUPS: tuple[Group, ...] = (32, 64, 128, "channel")
+REFERENCE = 64  # the group in which every number of bits is tried
+TRIED = (2, 4)  # bits at which every group is tried; between and beyond, its factor is inferred
+FAMILIES = {"quantization": ("gptq", "ecgptq"), "low-rank": ("svd",), "pruning": ("admm",)}
+
+
+class Menu(ABC):
+    """What one method, with the parameters that all its options share, can make of a matrix."""
+
+    axes: ClassVar[frozenset[str]]  # parameters that an option sets
+
+    def __init__(self, solver: CalibratedCompressor) -> None:
+        self.solver = solver
+        shared = solver.model_dump(mode="json", exclude=set(self.axes))
+        self.key = f"{solver.name}-{digest(shared)}"
+
+    def of(self, option: Option) -> CalibratedCompressor:
+        """The compressor that makes it."""
+        return self.solver.model_copy(update=option.fields)
+
+    @abstractmethod
+    def knots(self, site: Site) -> list[Option]:
+        """The options that are tried."""
+
+    @abstractmethod
+    def options(self, site: Site, costs: Costs) -> Iterator[tuple[Option, float]]:
+        """Every option, with its cost by those of the knots."""
+
+    @abstractmethod
+    def weight(self, site: Site, option: Option) -> Weight:
+        """One of the size that this option makes, on the meta device."""
+
+    def cost(self, problem: LayerProblem, option: Option) -> float:
+        """Of one option, tried; infinite where it does not fit into its bytes."""
+        made = self.of(option).compress(problem)
+        predicted = self.of(option).predict(problem.weight.shape, problem.dtype)
+        return cost(problem, made) if made.nbytes <= max(predicted, 1) else math.inf
+
+
+class Grids(Menu):
+    """gptq: bits × group."""
+
+    axes = frozenset({"bits", "group"})
+    dividing = False  # whether groups must divide the width
+
+    def groups(self, site: Site) -> list[Group]:
+        """Groups narrower than the matrix, and the whole row."""
+        width = site.shape[1]
+        narrower = [g for g in GROUPS if isinstance(g, int) and g < width]
+        return [*(g for g in narrower if not (self.dividing and width % g)), "channel"]
+
+    def reference(self, site: Site) -> Group:
+        groups = self.groups(site)
+        return REFERENCE if REFERENCE in groups else groups[-1]
+
+    def knots(self, site: Site) -> list[Option]:
+        """All bits in one group, two in each."""
+        base = self.reference(site)
+        wanted = [grid(b, base) for b in WIDTHS]
+        return wanted + [grid(b, g) for g in self.groups(site) if g != base for b in TRIED]
+
+    def options(self, site: Site, costs: Costs) -> Iterator[tuple[Option, float]]:
+        """What a group of scales is worth depends little on the bits, and is known at both ends."""
+        base = self.reference(site)
+        for group in self.groups(site):
+            ends = [_log(costs[grid(b, group).label] / _positive(costs[grid(b, base).label]))
+                    for b in TRIED]  # fmt: skip
+            for bits in WIDTHS:
+                way = min(1.0, max(0.0, (bits - TRIED[0]) / (TRIED[1] - TRIED[0])))
+                factor = math.exp(ends[0] + way * (ends[1] - ends[0]))
+                yield grid(bits, group), costs[grid(bits, base).label] * factor
+
+    def cost(self, problem: LayerProblem, option: Option) -> float:
+        return cost(problem, self.of(option).model_copy(update={"polish": 0}).compress(problem))
+
+    def weight(self, site: Site, option: Option) -> Quantized:
+        rows, columns = site.shape
+        bits, wide = option.fields["bits"], option.fields["group"]
+        group = columns if wide == "channel" else min(wide, columns)
+        scales = torch.zeros(rows, -(-columns // group))
+        packed = Quantized.pack(
+            torch.zeros(rows, columns, dtype=torch.uint8),
+            scales.to(scale_dtype(site.dtype)),
+            None if getattr(self.solver, "symmetric", True) else scales,
+            bits=bits,
+            group=group,
+            dtype=site.dtype,
+        )
+        return Quantized(packed.spec, {k: t.to("meta") for k, t in packed.tensors.items()})
+
+
+class Line(Menu):
+    """A method with one parameter that says how much is kept."""
+
+    axis: ClassVar[str]
+    values: ClassVar[tuple[float, ...]]
+    tried: ClassVar[tuple[float, ...]]  # of ``values``, both ends among them
+
+    def knots(self, site: Site) -> list[Option]:
+        if site.layout not in self.solver.layouts:
+            return []
+        return [self.option(v) for v in self.tried]
+
+    def options(self, site: Site, costs: Costs) -> Iterator[tuple[Option, float]]:
+        known = [(v, costs[self.option(v).label]) for v in self.tried
+                 if self.option(v).label in costs]  # fmt: skip
+        known = [(v, c) for v, c in known if c < math.inf]
+        for (low, from_), (high, to) in zip(known, known[1:], strict=False):
+            for value in self.values:
+                if low <= value < high or value == high == known[-1][0]:
+                    way = (value - low) / (high - low)
+                    found = math.exp(_log(from_) + way * (_log(to) - _log(from_)))
+                    yield self.option(value), found
+
+    def option(self, value: float) -> Option:
+        return Option.of(self.solver.name, **{self.axis: value})
+
+
+class Codes(Line):
+    """ecgptq: eighths of a bit; the file is the smallest for its loss, and is decoded as it loads."""
+
+    axes = frozenset({"bits"})
+    axis = "bits"
+    values = tuple(n / 8 for n in range(9, 49))
+    tried = (1.125, 1.5, 2.0, 3.0, 4.5, 6.0)
+
+    def weight(self, site: Site, option: Option) -> Coded:
+        """Its stream may take a few bytes fewer: it is made to fit."""
+        rows, columns = site.shape
+        whole = self.of(option).predict(site.shape, site.dtype)
+        stream = torch.empty(max(0, whole - rows - columns), dtype=torch.uint8, device="meta")
+        tensors = {"stream": stream, "row": _bytes(rows), "column": _bytes(columns)}
+        return Coded(spec_of("coded", torch.empty(site.shape, device="meta"), site.dtype), tensors)
+
+
+class Ranks(Line):
+    """svd: the share of the bytes that factors keep."""
+
+    axes = frozenset({"ratio"})
+    axis = "ratio"
+    values = tuple(n / 20 for n in range(1, 20))
+    tried = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
+
+    def weight(self, site: Site, option: Option) -> Weight:
+        solver, (rows, columns) = self.of(option), site.shape
+        assert isinstance(solver, SVD)
+        rank = solver.rank_of(site.shape, site.dtype)
+        if rank is None:
+            return Dense.of(torch.empty(site.shape, dtype=site.dtype, device="meta"))
+        left, right = torch.ones(rows, rank), torch.ones(rank, columns)
+        if not solver.pivoted:
+            return LowRank.of(left, right, site.dtype)
+        apart = (left if rows <= columns else right.T).bool()  # all but the pivots' identity
+        apart[:rank] = torch.eye(rank, dtype=torch.bool)
+        if rows <= columns:
+            sparse = Sparse.of(left, apart, site.dtype)
+            return LowRank.join(sparse, Dense.of(right, site.dtype), site.dtype)
+        sparse = Sparse.of(right, apart.T.contiguous(), site.dtype)
+        return LowRank.join(Dense.of(left, site.dtype), sparse, site.dtype)
+
+
+class Zeros(Line):
+    """admm: the share of the weights that go; pays where the file holds masks (compact storage)."""
+
+    axes = frozenset({"sparsity"})
+    axis = "sparsity"
+    values = tuple(n / 20 for n in range(2, 19))
+    tried = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+    def weight(self, site: Site, option: Option) -> Sparse:
+        rows, columns = site.shape
+        kept = rows * columns - round(option.fields["sparsity"] * rows * columns)
+        tensors = {
+            "values": torch.empty(kept, dtype=site.dtype, device="meta"),
+            "mask": torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device="meta"),
+        }
+        return Sparse(spec_of("sparse", torch.empty(site.shape, device="meta"), site.dtype), tensors)
+
+
+MENUS: dict[str, type[Menu]] = {"gptq": Grids, "ecgptq": Codes, "svd": Ranks, "admm": Zeros}
+# What their options do not set. No share is given out: a plan says what each site gets.
+PLAIN: dict[str, dict[str, Any]] = {"svd": {"ranks": "uniform"}, "admm": {"allocation": "uniform"}}
+
+
+def methods_of(families: Iterable[str]) -> list[str]:
+    """The methods of some families.
+
+    Raises:
+        RecipeError: there is no such family.
+    """
+    for family in families:
+        if family not in FAMILIES:
+            raise RecipeError(f"families: {family}: choose among {', '.join(FAMILIES)}")
+    return [method for family in families for method in FAMILIES[family]]
+
+
+def menus_of(methods: Iterable[str], own: CalibratedCompressor | None = None) -> dict[str, Menu]:
+    """A menu for each method; ``own`` is the one whose parameters are known.
+
+    Raises:
+        RecipeError: a method does not go by a size.
+    """
+    found: dict[str, Menu] = {}
+    for method in methods:
+        if method not in MENUS:
+            raise RecipeError(f"{method} does not go by a size; {', '.join(MENUS)} do")
+        solver = own
+        if own is None or own.name != method:
+            made = registry.get(method).model_validate({})
+            assert isinstance(made, CalibratedCompressor)
+            solver = made
+        assert solver is not None
+        found[method] = MENUS[method](solver.model_copy(update=PLAIN.get(method, {})))
+    return found
+
+
+def fast(option: Option) -> bool:
+    """Whether the packed runtime computes with it faster than with the matrix as it is."""
+    known = option.fields
+    if option.use == "gptq":
+        return known["bits"] <= 4 or (known["bits"], known["group"]) == (8, "channel")
+    return option.use == "svd"
+
+
+def grid(bits: int, group: Group) -> Option:
+    return Option.of("gptq", bits=bits, group=group)
+
+
+def _bytes(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device="meta")
+
+
+def _positive(x: float) -> float:
+    return max(x, 1e-30)
+
+
+def _log(x: float) -> float:
+    return math.log(_positive(x))
