@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -20,6 +20,7 @@ from compress.anatomy import Site
 from compress.compressors.base import CalibratedCompressor
 from compress.compressors.lowrank.svd import SVD
 from compress.compressors.quantization.bits import WIDTHS, cost
+from compress.compressors.quantization.ecgptq import ECGPTQ
 from compress.errors import RecipeError
 from compress.planning.cache import digest
 from compress.planning.options import Option
@@ -63,11 +64,9 @@ class Menu(ABC):
     def weight(self, site: Site, option: Option) -> Weight:
         """One of the size that this option makes, on the meta device."""
 
-    def cost(self, problem: LayerProblem, option: Option) -> float:
-        """Of one option, tried; infinite where it does not fit into its bytes."""
-        made = self.of(option).compress(problem)
-        predicted = self.of(option).predict(problem.weight.shape, problem.dtype)
-        return cost(problem, made) if made.nbytes <= max(predicted, 1) else math.inf
+    def costs(self, problem: LayerProblem, site: Site) -> dict[str, float]:
+        """What each of the knots costs, tried, by its label."""
+        return {o.label: cost(problem, self.of(o).compress(problem)) for o in self.knots(site)}
 
 
 class Grids(Menu):
@@ -96,15 +95,18 @@ class Grids(Menu):
         """What a group of scales is worth depends little on the bits, and is known at both ends."""
         base = self.reference(site)
         for group in self.groups(site):
-            ends = [_log(costs[grid(b, group).label] / _positive(costs[grid(b, base).label]))
-                    for b in TRIED]  # fmt: skip
+            pairs = [(costs[grid(b, group).label], costs[grid(b, base).label]) for b in TRIED]
+            ends = [_log(own) - _log(other) for own, other in pairs]
             for bits in WIDTHS:
                 way = min(1.0, max(0.0, (bits - TRIED[0]) / (TRIED[1] - TRIED[0])))
                 factor = math.exp(ends[0] + way * (ends[1] - ends[0]))
                 yield grid(bits, group), costs[grid(bits, base).label] * factor
 
-    def cost(self, problem: LayerProblem, option: Option) -> float:
-        return cost(problem, self.of(option).model_copy(update={"polish": 0}).compress(problem))
+    def costs(self, problem: LayerProblem, site: Site) -> dict[str, float]:
+        """Without polish, which lowers all alike."""
+        rough = Grids(self.solver.model_copy(update={"polish": 0}))
+        rough.dividing = self.dividing
+        return super(Grids, rough).costs(problem, site)
 
     def weight(self, site: Site, option: Option) -> Quantized:
         rows, columns = site.shape
@@ -135,27 +137,32 @@ class Line(Menu):
         return [self.option(v) for v in self.tried]
 
     def options(self, site: Site, costs: Costs) -> Iterator[tuple[Option, float]]:
-        known = [(v, costs[self.option(v).label]) for v in self.tried
-                 if self.option(v).label in costs]  # fmt: skip
+        known = [(v, costs[self.option(v).label]) for v in self.tried if self.knots(site)]
         known = [(v, c) for v, c in known if c < math.inf]
-        for (low, from_), (high, to) in zip(known, known[1:], strict=False):
-            for value in self.values:
-                if low <= value < high or value == high == known[-1][0]:
-                    way = (value - low) / (high - low)
-                    found = math.exp(_log(from_) + way * (_log(to) - _log(from_)))
-                    yield self.option(value), found
+        for value in self.values:
+            if known and known[0][0] <= value <= known[-1][0]:
+                yield self.option(value), between(known, value)
 
     def option(self, value: float) -> Option:
         return Option.of(self.solver.name, **{self.axis: value})
 
 
 class Codes(Line):
-    """ecgptq: eighths of a bit; the file is the smallest for its loss, and is decoded as it loads."""
+    """ecgptq: eighths of a bit; the smallest file for its loss, decoded as it loads."""
 
     axes = frozenset({"bits"})
     axis = "bits"
     values = tuple(n / 8 for n in range(9, 49))
     tried = (1.125, 1.5, 2.0, 3.0, 4.5, 6.0)
+
+    def costs(self, problem: LayerProblem, site: Site) -> dict[str, float]:
+        """Between steps that are tried; infinite where the matrix is too small for so few bits."""
+        assert isinstance(self.solver, ECGPTQ)
+        known = self.solver.trials(problem)
+        return {
+            self.option(bits).label: between(known, bits) if bits >= known[0][0] else math.inf
+            for bits in self.tried
+        }
 
     def weight(self, site: Site, option: Option) -> Coded:
         """Its stream may take a few bytes fewer: it is made to fit."""
@@ -203,11 +210,12 @@ class Zeros(Line):
     def weight(self, site: Site, option: Option) -> Sparse:
         rows, columns = site.shape
         kept = rows * columns - round(option.fields["sparsity"] * rows * columns)
+        spec = spec_of("sparse", torch.empty(rows, columns, device="meta"), site.dtype)
         tensors = {
             "values": torch.empty(kept, dtype=site.dtype, device="meta"),
             "mask": torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device="meta"),
         }
-        return Sparse(spec_of("sparse", torch.empty(site.shape, device="meta"), site.dtype), tensors)
+        return Sparse(spec, tensors)
 
 
 MENUS: dict[str, type[Menu]] = {"gptq": Grids, "ecgptq": Codes, "svd": Ranks, "admm": Zeros}
@@ -259,13 +267,16 @@ def grid(bits: int, group: Group) -> Option:
     return Option.of("gptq", bits=bits, group=group)
 
 
+def between(known: Sequence[tuple[float, float]], at: float) -> float:
+    """The cost at some value, from (value, cost) in ascending order, straight in its logarithm."""
+    above = next((n for n, (value, _) in enumerate(known) if value >= at), len(known) - 1)
+    (low, first), (high, last) = known[max(above - 1, 0)], known[max(above, 1)]
+    return math.exp(_log(first) + (at - low) / (high - low) * (_log(last) - _log(first)))
+
+
 def _bytes(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.uint8, device="meta")
 
 
-def _positive(x: float) -> float:
-    return max(x, 1e-30)
-
-
 def _log(x: float) -> float:
-    return math.log(_positive(x))
+    return math.log(max(x, 1e-30))

@@ -141,7 +141,7 @@ class Planner:
         methods = [m for m in methods or [stage.use] if m == "gptq" or not plain]
         self.menus = menus_of(methods, own)
         if not self.menus:
-            raise RecipeError("compressed-tensors holds gptq's grids, which is not among the methods")
+            raise RecipeError("compressed-tensors holds what gptq makes, which is not asked for")
         if not calibrates(stage, recipe, source):
             if not recipe.data:
                 raise DataError("a plan needs text: give --data")
@@ -160,9 +160,8 @@ class Planner:
         self.files = Files(source, self.menus, recipe.storage)
         self.sites = {
             site.name: site
-            for site in source.anatomy.sites
-            if site in stage.sites(source.anatomy)
-            and (not plain or (site.layout == "linear" and not site.aliases))
+            for site in stage.sites(source.anatomy)
+            if (not plain or (site.layout == "linear" and not site.aliases))
             and any(menu.knots(site) for menu in self.menus.values())
         }
         if not self.sites:
@@ -207,8 +206,9 @@ class Planner:
                 if problem.name not in missing:
                     continue
                 costs = self.cache.costs.setdefault(problem.name, {})
-                for menu, option in missing[problem.name]:
-                    costs[f"{menu.key} {option.label}"] = menu.cost(problem, option)
+                for menu in missing[problem.name]:
+                    found = menu.costs(problem, self.sites[problem.name])
+                    costs |= {f"{menu.key} {label}": price for label, price in found.items()}
                 self.cache.keep()
                 done += 1
                 yield Event("options", done, len(self.sites))
@@ -346,12 +346,14 @@ class Planner:
         return self.menus[method].solver
 
     def _reads_gradients(self, made: Plan) -> bool:
-        return any(self.menus[o.use].solver.reads_gradients for o in made.settings.values() if o.use)
+        used = {option.use for option in made.settings.values() if option.use}
+        return any(self.menus[method].solver.reads_gradients for method in used)
 
     @cached_property
     def sensitivities(self) -> dict[str, Sensitivity]:
         """What the loss's gradients say of every site in the model as it is."""
-        return measured_sensitivities(self._looking, self.recipe, self.source, Original(self.source))
+        whole = Original(self.source)
+        return measured_sensitivities(self._looking, self.recipe, self.source, whole)
 
     @property
     def _looking(self) -> Stage:
@@ -367,11 +369,14 @@ class Planner:
                 self._looking, self.recipe, self.source, at, store, self.sensitivities
             )
 
-    def _untried(self, name: str) -> list[tuple[Menu, Option]]:
-        """What has to be tried of a matrix, and was not yet."""
-        known = self.cache.costs.get(name, {})
-        wanted = [(menu, o) for menu in self.menus.values() for o in menu.knots(self.sites[name])]
-        return [(menu, o) for menu, o in wanted if f"{menu.key} {o.label}" not in known]
+    def _untried(self, name: str) -> list[Menu]:
+        """The menus of which something has to be tried for a matrix, and was not yet."""
+        known, site = self.cache.costs.get(name, {}), self.sites[name]
+        return [
+            menu
+            for menu in self.menus.values()
+            if any(f"{menu.key} {option.label}" not in known for option in menu.knots(site))
+        ]
 
     def _options(self, site: Site) -> Iterator[tuple[int, float, Option]]:
         """Bytes, cost and option, of all options of a matrix."""

@@ -11,6 +11,7 @@ import argparse
 import random
 import statistics
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,15 @@ from compress import recipe as recipes
 from compress import run as runs
 from compress.planning.cache import cache_folder
 from compress.planning.goals import keep
-from compress.planning.options import GROUPS
+from compress.planning.menus import FAMILIES, GROUPS, methods_of
 from compress.planning.planner import Plan, Planner
 from compress.recipe import Recipe
 from compress.source import Source
 from eval.harness import Notice, Progress, evaluate
 
-SIZES = (50, 35, 25, 18, 15)  # percent of the original's bytes
+SIZES = (50, 35, 25, 18, 12)  # percent of the original's bytes
+RATES = (1.25, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6)  # bits of uniform ecgptq
+SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the bytes that svd keeps, of the weights that admm drops
 
 
 def main() -> None:
@@ -33,6 +36,7 @@ def main() -> None:
     arguments.add_argument("--model", default="demo")
     arguments.add_argument("--data", default="demo")
     arguments.add_argument("--seed", type=int, default=0)
+    arguments.add_argument("--families", default="quantization", help=", ".join(FAMILIES))
     asked = arguments.parse_args()
     recipe = recipes.load_one({
         "model": asked.model,
@@ -40,7 +44,10 @@ def main() -> None:
         "calibration": {"data": asked.data},
         "stages": [{"use": "gptq", "targets": ["all"]}],
     })  # fmt: skip
-    planner = Planner(recipe, Source(recipe.model), recipe.stages[0], cache=cache_folder())
+    methods = methods_of(asked.families.split(","))
+    planner = Planner(
+        recipe, Source(recipe.model), recipe.stages[0], methods=methods, cache=cache_folder()
+    )
     for _ in planner.work():
         pass
     for part in asked.parts:
@@ -82,15 +89,13 @@ def cover(planner: Planner) -> None:
 
 
 def compare(planner: Planner) -> None:
-    """The plan and the best uniform gptq of no more bytes: nll and KL on evaluation text."""
+    """The plan and the best uniform recipe of no more bytes: nll and KL on evaluation text."""
     print("size     plan: bytes  nll − original  KL     best uniform: bytes  nll − original  KL")
     whole = planner.source.nbytes
     made: dict[str, dict[str, Any]] = {}
-    for bits in (2, 3, 4, 5, 6, 8):
-        for group in GROUPS:
-            stage = {"use": "gptq", "bits": bits, "group": group, "targets": ["all"]}
-            base = planner.recipe.dump() | {"stages": [stage]}
-            made[f"{bits}/{group}"] = measured(recipes.load_one(base))
+    for name, stage in uniform():
+        base = planner.recipe.dump() | {"stages": [stage], "storage": "compact"}
+        made[name] = measured(recipes.load_one(base))
     for percent in SIZES:
         size = percent * whole // 100
         if size < planner.least:
@@ -101,11 +106,25 @@ def compare(planner: Planner) -> None:
         if not fits:
             print(f"{percent}%: {plan}, no uniform recipe is so small")
             continue
-        name, best = min(fits.items(), key=lambda item: item[1]["nll"])
+        name, best = min(fits.items(), key=lambda item: item[1]["kl"])
         print(f"{percent}%: {plan['bytes']:,}  {plan['nll']:+.4f}  {plan['kl']:.4f}   "
               f"{name} {best['bytes']:,}  {best['nll']:+.4f}  {best['kl']:.4f}  "
               f"ratio {plan['nll'] / best['nll']:.2f} (KL {plan['kl'] / best['kl']:.2f})",
               flush=True)  # fmt: skip
+
+
+def uniform() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Recipes that treat all matrices alike, one family each; pruning leaves the tables alone."""
+    everything: dict[str, Any] = {"targets": ["all"]}
+    for bits in (2, 3, 4, 5, 6, 8):
+        for group in GROUPS:
+            yield f"gptq {bits}/{group}", {"use": "gptq", "bits": bits, "group": group} | everything
+    for rate in RATES:
+        same = {"use": "ecgptq", "overrides": {"all": {"bits": rate}}}
+        yield f"ecgptq {rate}", same | everything
+    for share in SHARES:
+        yield f"svd {share}", {"use": "svd", "ratio": share, "ranks": "uniform"} | everything
+        yield f"admm {share}", {"use": "admm", "sparsity": share, "allocation": "uniform"}
 
 
 def keeps(planner: Planner) -> None:

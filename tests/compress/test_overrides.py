@@ -81,3 +81,23 @@ def test_overriding_everything_is_the_other_recipe(method: str, text: str, tmp_p
         runs.apply(made(stage, **data), tmp_path / name, verify=False)
         weights.append((tmp_path / name / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+def test_an_override_may_be_another_method() -> None:
+    stage = {"use": "gptq", "overrides": {"down_proj": {"use": "svd", "ratio": 0.3}}}
+    recipe = made(stage)
+    again = recipes.load_one(recipe.dump())
+    assert again.dump() == recipe.dump()
+    (down,) = {
+        type(again.stages[0].compressor_for(site)).__name__
+        for site in Source("demo").anatomy.sites
+        if site.role == "down_proj"
+    }
+    assert down == "SVD"
+    for wrong, why in (
+        ({"use": "rtn"}, "rtn cannot stand in for gptq"),
+        ({"use": "svdd"}, "svdd"),
+        ({"use": "svd", "bits": 3}, r"down_proj\.bits"),
+    ):
+        with pytest.raises(RecipeError, match=why):
+            made({"use": "gptq", "overrides": {"down_proj": wrong}})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
-from tiny import normal
+from tiny import normal, save
 from torch import Tensor
 
 from compress import recipe as recipes
@@ -21,6 +23,7 @@ from compress.errors import DataError, RecipeError
 from compress.planning.goals import keep
 from compress.planning.law import Law
 from compress.planning.measure import held_out, measure
+from compress.planning.menus import between, fast, menus_of, methods_of
 from compress.planning.planner import Plan, Planner
 from compress.problem import LayerProblem, Table
 from compress.recipe import Recipe
@@ -36,10 +39,16 @@ def recipe_of(text: str, **stage: Any) -> Recipe:
     })  # fmt: skip
 
 
-def planner_of(text: str, cache: Path | None = None, plain: bool = False, **stage: Any) -> Planner:
+def planner_of(
+    text: str, cache: Path | None = None, methods: str = "", model: str = "demo",
+    plain: bool = False, speed: bool = False, **stage: Any,
+) -> Planner:  # fmt: skip
     """One that has looked, but measured nothing."""
-    recipe = recipe_of(text, **stage)
-    made = Planner(recipe, Source("demo"), recipe.stages[0], cache=cache, plain=plain)
+    recipe = recipe_of(text, **stage).model_copy(update={"model": model})
+    made = Planner(
+        recipe, Source(model), recipe.stages[0], methods=methods.split(), cache=cache,
+        plain=plain, speed=speed,
+    )  # fmt: skip
     for _ in made.look():
         pass
     return made
@@ -84,11 +93,84 @@ def test_the_file_has_the_predicted_bytes_and_is_just_within_the_size(
     again = recipes.load_one(found.recipe.dump())
     assert again.dump() == found.recipe.dump()
     for site in Source("demo").anatomy.sites:
-        if (option := found.settings.get(site.name)) and option.bits:
+        if (option := found.settings.get(site.name)) and option.use:
             own: Any = again.stages[0].compressor_for(site)
-            assert (own.bits, own.group) == (option.bits, option.group)
-    assert len({option.bits for option in found.settings.values()}) > 2
-    assert len({option.group for option in found.settings.values()}) > 1
+            assert {"bits": own.bits, "group": own.group} == option.fields
+    taken = [option.fields for option in found.settings.values() if option.use]
+    assert len({fields["bits"] for fields in taken}) > 2
+    assert len({fields["group"] for fields in taken}) > 1
+
+
+@pytest.mark.parametrize("methods", ["ecgptq", "gptq ecgptq svd", "svd", "admm", "svd admm"])
+@pytest.mark.parametrize("model", ["LLAMA", "GPT2"])
+def test_every_family_keeps_to_the_size(
+    methods: str, model: str, text: str, tmp_path: Path
+) -> None:
+    kind = {"LLAMA": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}[model]
+    folder = save(tmp_path / "model", kind, getattr(tiny, model))
+    planner = planner_of(text, methods=methods, model=folder, targets=["blocks"])
+    budget = (planner.least + planner.source.nbytes) // 2
+    found = planner.fit(budget)
+    assert {option.use for option in found.settings.values()} <= {"", *methods.split()}
+    info = runs.apply(found.recipe, tmp_path / "out", verify=False)
+    disk = info["bytes"]["disk"]
+    assert 0.99 * budget < found.bytes <= budget
+    assert 0.99 * found.bytes < disk <= found.bytes
+    if "ecgptq" not in methods:
+        assert disk == found.bytes
+    assert recipes.load_one(found.recipe.dump()).dump() == found.recipe.dump()
+
+
+def test_families_by_name_and_what_they_leave(planner: Planner, text: str, cache: Path) -> None:
+    assert methods_of(["low-rank", "pruning"]) == ["svd", "admm"]
+    with pytest.raises(RecipeError, match="choose among quantization"):
+        methods_of(["lowrank"])
+    with pytest.raises(RecipeError, match="rtn does not go by a size"):
+        planner_of(text, cache, "rtn")
+    with pytest.raises(RecipeError, match="compressed-tensors holds"):
+        planner_of(text, cache, "svd", plain=True)
+    quick = planner_of(text, cache, speed=True).fit(planner.source.nbytes // 3)
+    assert all(map(fast, (o for o in quick.settings.values() if o.use)))
+    assert not all(map(fast, planner.fit(planner.source.nbytes // 3).settings.values()))
+
+
+def test_what_a_plan_may_cost_at_other_bits() -> None:
+    """Between the tried ones, straight in the logarithm; no extrapolation below what fits."""
+    assert between([(1, 1.0), (3, 0.01)], 2) == pytest.approx(0.1)
+    assert between([(1, 1.0), (3, 0.01), (4, 0.001)], 3.5) == pytest.approx(10**-2.5)
+    site = Source("demo").anatomy.sites[1]
+    codes = menus_of(["ecgptq"])["ecgptq"]
+    costs = {o.label: 4.0 ** -o.fields["bits"] for o in codes.knots(site)}
+    costs[codes.knots(site)[0].label] = math.inf
+    found = dict(codes.options(site, costs))
+    assert min(o.fields["bits"] for o in found) == codes.knots(site)[1].fields["bits"]
+    assert all(c == pytest.approx(4.0 ** -o.fields["bits"]) for o, c in found.items())
+
+
+def test_no_choice_on_a_tiny_model_is_better(text: str, tmp_path: Path) -> None:
+    """All choices of three options for five matrices, each applied and measured."""
+    folder = save(tmp_path / "model", "LlamaForCausalLM", tiny.LLAMA)
+    planner = planner_of(text, model=folder, targets=["v_proj", "o_proj", "up_proj"])
+    planner.choices = [
+        replace(c, options=c.options[:6:2], sizes=c.sizes[:6:2], costs=c.costs[:6:2])
+        for c in planner.choices[:5]
+    ]
+    spans = [c.sizes for c in planner.choices]
+    assert len(spans) == 5
+    least = planner.least
+    budget = least + sum(int(s[-1] - s[0]) for s in spans) // 2
+    chosen = planner.measured(planner.fit(budget)).measured
+    assert chosen
+    measured = []
+    for combination in itertools.product(range(3), repeat=len(spans)):
+        settings = {c.name: c.options[i] for c, i in zip(planner.choices, combination, strict=True)}
+        if planner.files.size(settings) <= budget:
+            recipe = planner._recipe(settings)
+            measured.append(planner.measure(Plan(recipe, settings, 0, 0, 0.0, 0.0, ""))[0])
+    assert len(measured) > 60
+    place = sum(kl < chosen[0] for kl in measured) / len(measured)
+    assert place < 0.1, place
+    assert chosen[0] < min(measured) + 2 * chosen[1]
 
 
 def test_no_plan_is_above_its_size_or_far_below(planner: Planner) -> None:
@@ -104,7 +186,7 @@ def test_no_plan_is_above_its_size_or_far_below(planner: Planner) -> None:
 def test_the_next_plan_looks_at_nothing_again(
     planner: Planner, text: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compress.planning.planner.tried", None)
+    monkeypatch.setattr("compress.planning.planner.problems", None)
     size = int(0.25 * planner.source.nbytes)
     assert planner_of(text, cache).fit(size) == planner.fit(size)
 
@@ -133,7 +215,7 @@ def test_a_size_on_a_stage_is_obeyed(text: str, tmp_path: Path, planner: Planner
 
 
 def test_too_small_a_size_says_what_the_least_is(planner: Planner, text: str) -> None:
-    with pytest.raises(RecipeError, match=r"too few.*matrices in 2 bits come to \d"):
+    with pytest.raises(RecipeError, match=r"too few.*matrices by gptq come to \d"):
         planner.fit(100_000)
     recipe = recipe_of(text)
     silent = recipe.calibration.model_copy(update={"data": ""})

@@ -19,6 +19,7 @@ from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.weights import Coded, Weight
 
+RATES = (0.25, 0.75, 1.25, 2.0, 3.0, 4.5, 6.0)  # bits of a trial, about: from below 1.1 to above 6
 FLOOR = 0.05  # of the mean: the least that a row counts, seen in the text or not
 
 
@@ -62,15 +63,25 @@ class ECGPTQ(EntropyCoded, CalibratedCompressor):
         return cost(problem, weight)
 
     def solve(self, problem: LayerProblem) -> Coded:
+        make, factor = self._maker(problem)
+        predicted = self.predict(problem.weight.shape, problem.dtype)
+        return within(make, factor * 2.0**-self.bits, predicted)
+
+    def trials(self, problem: LayerProblem) -> list[tuple[float, float]]:
+        """Bits a weight and ``cost`` of a few steps, rounded once each; bits ascending."""
+        make, factor = self._maker(problem)
+        tried = [make(factor * 2.0**-rate) for rate in RATES]
+        return [(8 * t.nbytes / problem.weight.parameters, cost(problem, t)) for t in tried]
+
+    def _maker(self, problem: LayerProblem) -> tuple[Callable[[float], Coded], float]:
+        """What rounds with steps of a factor, and the factor that gives about no bits."""
         T, (rows, columns, moments) = problem.target, unit_steps(problem)
 
         def make(factor: float) -> Coded:
             steps = Steps.of(factor * rows, columns)
             return steps.coded(round_with_feedback(T, steps, moments), problem.dtype)
 
-        spread = (T / rows[:, None] / columns).square().mean().sqrt()
-        start = 4 * float(spread) * 2.0**-self.bits
-        return within(make, start, self.predict(problem.weight.shape, problem.dtype))
+        return make, 4 * float((T / rows[:, None] / columns).square().mean().sqrt())
 
 
 def unit_steps(problem: LayerProblem) -> tuple[Tensor, Tensor, Moments]:
