@@ -64,8 +64,7 @@ def keep(planner: Planner, share: float) -> Generator[Event, None, tuple[Plan, P
 
 def _expected(planner: Planner, size: float) -> float:
     predicted = planner.fit(int(size)).predicted
-    assert predicted is not None
-    return predicted[0]
+    return predicted[0] if predicted else math.inf
 
 
 def resolved(recipe: Recipe, source: Source) -> Generator[Event, None, Recipe]:

@@ -27,6 +27,7 @@ class Law:
     middle: float
     spread: float  # residual standard deviation
     count: int
+    most: float  # the highest cost that was measured; errors beyond it are another matter
 
     @classmethod
     def of(cls, costs: Sequence[float], measured: Sequence[float]) -> Law:
@@ -44,7 +45,14 @@ class Law:
         covariance = np.linalg.pinv(powers.T @ powers)
         weights = covariance @ powers.T @ y
         wrong = float(((powers @ weights - y) ** 2).sum())
-        return cls(weights, covariance, middle, math.sqrt(wrong / (count - len(weights))), count)
+        return cls(
+            weights,
+            covariance,
+            middle,
+            math.sqrt(wrong / (count - len(weights))),
+            count,
+            max(costs),
+        )
 
     def predict(self, cost: float) -> tuple[float, float, float]:
         """KL in nats a token: expected, and the ends of the interval for 95% of new plans."""

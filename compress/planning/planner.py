@@ -42,6 +42,7 @@ from compress.store import Store
 from compress.writer import versions
 
 ANCHORS = 8  # measured plans that the law goes through
+USEFUL = 0.5  # nats a token: of a plan that costs more nobody asks what it costs exactly
 WHY = "# Settings: each byte went where the loss's gradients say that it saves most.\n"
 TEMPER = 0.25  # standard deviation of ln cost between one refinement's try and the next
 
@@ -86,7 +87,9 @@ class Plan:
             )
             said.append(f"next      1% more of the bytes buys about {self.next or 0:.2g} nats")
         else:
-            said.append(f"costs     about {self.cost:.3g} nats a token; too little text to measure")
+            said.append(
+                f"costs     about {self.cost:.3g} nats a token; plans like it were not measured"
+            )
         if self.measured:
             kl, error = self.measured
             said.append(
@@ -222,7 +225,7 @@ class Planner:
         """Apply and measure a few plans over the whole range of sizes."""
         if self.held is None:
             return
-        most, least = self.most, self.least
+        most, least = self.most, self._useful()
         costs, found = [], []
         yield Event("measure", 0, ANCHORS)
         for number in range(ANCHORS):
@@ -259,7 +262,7 @@ class Planner:
             gap,
             self.files.format(settings).name,
         )
-        if self.law is None:
+        if self.law is None or cost > self.law.most:
             return made
         more = self._cost(self._fitting(self.choices, budget + self.source.nbytes // 100))
         predicted = self.law.predict(cost)
@@ -305,6 +308,16 @@ class Planner:
     def held(self) -> Examples | None:
         """Text to measure on, which plans do not read; None if there is too little."""
         return held_out(self.recipe, self.source)
+
+    def _useful(self) -> int:
+        """Bytes of about the smallest plan that costs no more than ``USEFUL``, or of the least."""
+        low, high = self.least, self.most
+        if self.fit(low).cost <= USEFUL:
+            return low
+        while high > 1.01 * low:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fit(middle).cost > USEFUL else (low, middle)
+        return high
 
     def _fitting(self, choices: list[Choices], budget: int) -> dict[str, Option]:
         """The best choice whose file, names and all, is not above ``budget`` bytes."""
