@@ -236,13 +236,13 @@ def in_onnxruntime(folder: Path, how: str) -> Step:
             session = onnx_session.Session(copy)
     else:
         session = onnx_session.Session(file)
-    cache: onnx_session.Cache = []
+    cache = onnx_session.Cache()
 
     def step(tokens: Tensor, past: int) -> Tensor:
         nonlocal cache
         feeds = onnx_session.text_feeds(tokens, past=past)
-        logits, cache = session.run(feeds, cache if past else None)
-        return logits
+        cache = cache if past else onnx_session.Cache()
+        return session.run(feeds, cache)
 
     return step
 
