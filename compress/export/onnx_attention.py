@@ -125,9 +125,8 @@ def in_place(model: Any) -> Iterator[None]:
 
 def without_reshapes(program: Any) -> None:
     """Take out reshapes to a shape that a tensor had before: heads parted and joined again."""
-    for node in program.graph:
-        if node.op_type != "Reshape":
-            continue
+    reshapes = [node for node in program.graph if node.op_type == "Reshape"]
+    for node in reshapes:
         found, source = None, node.inputs[0]
         while source is not None:
             found = source if _same(source.shape, node.outputs[0].shape) else found
@@ -135,6 +134,9 @@ def without_reshapes(program: Any) -> None:
             source = before.inputs[0] if before and before.op_type == "Reshape" else None
         if found is not None and not node.outputs[0].is_graph_output():
             node.outputs[0].replace_all_uses_with(found)
+    for node in reversed(reshapes):  # onnxruntime would compute them all the same
+        if not (node.outputs[0].uses() or node.outputs[0].is_graph_output()):
+            program.graph.remove(node, safe=True)
 
 
 def _same(one: Any, other: Any) -> bool:
