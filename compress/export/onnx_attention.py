@@ -1,8 +1,8 @@
 """Attention as onnxruntime's ``GroupQueryAttention``, whose cache is written in place.
 
-Its past may be a buffer longer than what it holds; bound as its present too, nothing is copied for a
-new token. Several new tokens after a past are read for one sequence at a time only. Nothing in the graph may be computed from the length of the past: masks take it from
-attention_mask [batch, total].
+Its past may be a buffer longer than what it holds; bound as its present too, nothing is copied for
+a new token. So nothing in the graph may be computed from the length of the past: masks take it from
+attention_mask [batch, total]. After a past, one new token is read, or several of one sequence.
 """
 
 from __future__ import annotations

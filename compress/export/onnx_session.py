@@ -24,8 +24,8 @@ ROOM = 256  # tokens by which the buffers of a cache grow
 class Cache:
     """Keys and values of the ``length`` tokens read so far, layer by layer.
 
-    values  OrtValues [batch, heads, room, width], of which ``length`` tokens are filled; a graph that
-            does not write in place has no more room than that
+    values  OrtValues [batch, heads, room, width], of which ``length`` tokens are filled; a graph
+            that does not write in place has no more room than that
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,6 @@ class Session:
             self._make_room(cache, batch, total)
             for name, value in zip(self.past, cache.values, strict=True):
                 binding.bind_ortvalue_input(name, value)
-            cache.length = total
         names = [*self.names, *(name for name in self.optional if name in feeds)]
         given = {name: self._value(np.ascontiguousarray(feeds[name].numpy())) for name in names}
         for name, value in given.items():
@@ -89,8 +88,10 @@ class Session:
                 binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
         first, *rest = binding.get_outputs()
-        if cache and not self.shared:  # else the values own the memory that was written
-            cache.values = rest
+        if self.past and cache:
+            cache.length = total
+            if not self.shared:  # else its values own the memory that was written
+                cache.values = rest
         return torch.from_numpy(first.numpy())
 
     def _make_room(self, cache: Cache, batch: int, total: int) -> None:

@@ -106,8 +106,12 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, past_key_values: OnnxCache, attention_mask: Any = None,
-        logits_to_keep: int = 0, **_: Any,
+        self,
+        input_ids: Tensor,
+        past_key_values: OnnxCache,
+        attention_mask: Any = None,
+        logits_to_keep: int = 0,
+        **_: Any,
     ) -> dict[str, Any]:
         """What ``forward`` reads next of ``input_ids`` [batch, all tokens so far]."""
         return {
