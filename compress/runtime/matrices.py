@@ -187,8 +187,8 @@ class Int4(Matrix):
         Stored pairs are bfloat16, the upper half of float32; to pick every second number of a
         tensor takes torch much longer than to shift and mask pairs.
         """
-        total = None
-        for i in reversed(range(self.planes)):
+        found = []
+        for i in range(self.planes):
             pairs = self.get_buffer(f"scale{i}")[:, first:last].view(torch.int32)
             scale, shift = (
                 scratch(f"{name}{i}", tuple(pairs.shape), torch.int32, pairs)
@@ -196,10 +196,12 @@ class Int4(Matrix):
             )
             torch.bitwise_left_shift(pairs, 16, out=scale)
             torch.bitwise_and(pairs, -65536, out=shift)
-            scale, shift = (t.view(torch.float32).squeeze(-1) for t in (scale, shift))
-            shift.sub_(scale, alpha=8)
-            total = shift if total is None else total.add_(shift)
-        return scale[:, None], total[:, None]
+            scale, shift = (t.view(torch.float32).squeeze(-1)[:, None] for t in (scale, shift))
+            found.append((scale, shift.sub_(scale, alpha=8)))
+        (scale, shift), *upper = found
+        for _, more in upper:
+            shift.add_(more)
+        return scale, shift
 
     def rows(self, ids: Tensor) -> Tensor:
         half = self.block // 2
