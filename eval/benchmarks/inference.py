@@ -6,8 +6,9 @@
 Makes a Llama of random weights (312M parameters unless told otherwise, all blocks alike, so that
 one of them is compressed and written as often as there are blocks) and compresses it. Every row is
 measured in a process of its own, in which it takes turns with the dense bfloat16 model, on one
-thread; figures are medians, ratios are medians of the turns' ratios. Memory is what a fresh process
-holds after loading, reading a prompt and writing, less what it held after its imports. Rows of
+thread; figures are medians of processor time, ratios are medians of the turns' ratios. Memory is
+what a fresh process holds after loading, reading a prompt and writing, less what it held after its
+imports. Rows of
 llama.cpp need llama-cpp-python; files for it come from ``compress export --to gguf``.
 """
 
