@@ -17,6 +17,9 @@ from compress.export import base
 from compress.export.onnx_blocks import NBits, carried
 from compress.weights import LowRank, Sum, Weight
 
+DOMAIN = "com.microsoft"  # of onnxruntime's own nodes
+UNLIKE = -7919  # any other constant in a graph, lest they be made one
+
 
 class Plain(nn.Module):
     """x ↦ x · matrix [in, out] + bias."""
@@ -93,12 +96,33 @@ class PackedTable(Held):
         return rows[..., : self.shape[1]]
 
 
-def _node(name: str, inputs: list[Tensor | None], numbers: dict[str, Any], shape: Any) -> Tensor:
-    """One node of onnxruntime's own; without onnxruntime its output is zeros."""
+class Last(nn.Module):
+    """A head that reads tokens from ``first`` on, which becomes an input of the graph."""
+
+    first: Tensor
+    end: Tensor
+    axis: Tensor
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+        self.register_buffer("first", torch.tensor([UNLIKE]))
+        self.register_buffer("end", torch.tensor([torch.iinfo(torch.int64).max]))
+        self.register_buffer("axis", torch.tensor([1]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(_node("Slice", [x, self.first, self.end, self.axis], {}, x.shape, "", 18))
+
+
+def _node(
+    name: str, inputs: list[Tensor | None], numbers: dict[str, Any], shape: Any,
+    domain: str = DOMAIN, version: int = 1,
+) -> Tensor:  # fmt: skip
+    """One node, of onnxruntime's own unless told; in torch its output is zeros."""
     while inputs[-1] is None:
         inputs.pop()
     return torch.onnx.ops.symbolic(
-        f"com.microsoft::{name}", inputs, numbers, dtype=torch.float32, shape=shape, version=1
+        f"{domain}::{name}", inputs, numbers, dtype=torch.float32, shape=shape, version=version
     )
 
 

@@ -16,7 +16,21 @@ from compress.errors import CheckpointError, first_line
 from compress.export.base import required
 
 FILE = "model.onnx"
-Cache = list[Any]  # onnxruntime's: keys and values of layers, [batch, heads, past, width]
+CACHE, SHARED = "cache", "in place"  # in metadata: past and present may be one buffer
+LOGITS_FROM = "logits_from"  # an input: the first token whose logits are wanted
+ROOM = 256  # tokens by which the buffers of a cache grow
+
+
+class Cache:
+    """Keys and values of the ``length`` tokens read so far, layer by layer.
+
+    values  OrtValues [batch, heads, room, width], of which ``length`` tokens are filled; a graph
+            that does not write in place has no more room than that
+    """
+
+    def __init__(self) -> None:
+        self.values: list[Any] = []
+        self.length = 0
 
 
 class Session:
@@ -44,32 +58,68 @@ class Session:
         inputs = {value.name: value for value in self.session.get_inputs()}
         self.past = {n: v for n, v in inputs.items() if n.startswith("past_key_values.")}
         self.names = [name for name in inputs if name not in self.past]
+        self.optional = [value.name for value in self.session.get_overridable_initializers()]
         self.outputs = [value.name for value in self.session.get_outputs()]
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.shared = metadata.get(CACHE) == SHARED
 
-    def run(self, feeds: dict[str, Tensor], cache: Cache | None = None) -> tuple[Tensor, Cache]:
-        """The first output, float32, and the cache with what was read; feeds of other names are
+    def run(self, feeds: dict[str, Tensor], cache: Cache | None = None) -> Tensor:
+        """The first output, float32; ``cache`` grows by what was read, and feeds of other names are
         passed over."""
         binding = self.session.io_binding()
-        arrays = {name: np.ascontiguousarray(feeds[name].numpy()) for name in self.names}
-        for name, array in arrays.items():
-            binding.bind_cpu_input(name, array)
-        if not cache:
-            cache = self._no_past(len(next(iter(arrays.values()))))
-        for name, value in zip(self.past, cache, strict=True):
+        if self.past:
+            batch, length = feeds["input_ids"].shape
+            cache = cache or Cache()
+            total = cache.length + length
+            if self.shared and batch > 1 and total > length > 1:  # more than the node takes
+                return torch.cat([self.run(one, cache) for one in _one_by_one(feeds, length)], 1)
+            self._make_room(cache, batch, total)
+            for name, value in zip(self.past, cache.values, strict=True):
+                binding.bind_ortvalue_input(name, value)
+        names = [*self.names, *(name for name in self.optional if name in feeds)]
+        given = {name: self._value(np.ascontiguousarray(feeds[name].numpy())) for name in names}
+        for name, value in given.items():
             binding.bind_ortvalue_input(name, value)
-        for name in self.outputs:
-            binding.bind_output(name, "cpu")
+        binding.bind_output(self.outputs[0], "cpu")
+        for number, name in enumerate(self.outputs[1:]):
+            if self.shared and cache:
+                binding.bind_ortvalue_output(name, cache.values[number])
+            else:
+                binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
         first, *rest = binding.get_outputs()
-        return torch.from_numpy(first.numpy()), rest if self.past else []
+        if self.past and cache:
+            cache.length = total
+            if not self.shared:  # else its values own the memory that was written
+                cache.values = rest
+        return torch.from_numpy(first.numpy())
 
-    def _no_past(self, batch: int) -> Cache:
-        return [
-            self.runtime.OrtValue.ortvalue_from_numpy(
-                np.zeros((batch, value.shape[1], 0, value.shape[3]), np.float32)
-            )
-            for value in self.past.values()
-        ]
+    def _make_room(self, cache: Cache, batch: int, total: int) -> None:
+        """Buffers with room for ``total`` tokens if they are written in place, else empty ones."""
+        room = -(-total // ROOM) * ROOM if self.shared else 0
+        if cache.values and (not self.shared or cache.values[0].shape()[2] >= room):
+            return
+        old, cache.values = cache.values, []  # held while their memory is read
+        for number, value in enumerate(self.past.values()):
+            new = np.zeros((batch, value.shape[1], room, value.shape[3]), np.float32)
+            if old:
+                new[:, :, : cache.length] = old[number].numpy()[:, :, : cache.length]
+            cache.values.append(self._value(new))
+
+    def _value(self, array: np.ndarray) -> Any:
+        """An OrtValue of an array's memory, which it keeps."""
+        return self.runtime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _one_by_one(feeds: dict[str, Tensor], length: int) -> Iterator[dict[str, Tensor]]:
+    """Feeds of ``length`` tokens, a token at a time."""
+    for last in range(1 - length, 1):
+        end = last or None
+        yield {
+            name: value[:, :end] if name == "attention_mask" else value[:, last - 1 : end]
+            for name, value in feeds.items()
+            if value.dim() > 1
+        }
 
 
 def positions(mask: Tensor, length: int) -> Tensor:
@@ -109,5 +159,5 @@ def logits(file: Path, tokens: Tensor) -> Tensor:
     """What the model in ``file`` makes of ``tokens``, or of images or audio in their place."""
     session = Session(file)
     if "input_ids" in session.names:
-        return session.run(text_feeds(tokens))[0]
-    return session.run({session.names[0]: tokens})[0]
+        return session.run(text_feeds(tokens))
+    return session.run({session.names[0]: tokens})

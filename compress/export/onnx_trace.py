@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.blockwise import dense_tensor, put
 from compress.errors import CheckpointError, first_line
-from compress.export import onnx_modules
+from compress.export import onnx_attention, onnx_modules, onnx_session
 from compress.export.base import Held, required
 from compress.plain_load import make_inputs
 from compress.stored import Stored
@@ -64,20 +64,29 @@ def traced(model: Any, where: str) -> Any:
 
     Inputs: the model's own; with a cache also past_key_values.<layer>.key and .value, float32
     [batch, heads, past, width]. Outputs: logits, or what comes first, then present.<layer>.*.
+    Decoders attend by ``onnx_attention`` where that fits, and then say so in metadata. Their
+    logits_from, int64 [1], may be left away: -1 asks for the last token's logits only.
 
     Raises:
         CheckpointError: transformers cannot export this architecture, or packages are missing.
     """
     required("onnxscript", "onnx")
+    ir = required("onnx_ir", "onnx")
     exporters = required("transformers.exporters.exporter_onnx", "onnx")
-    for fusions in ("cpu", None):  # of norms and rotations; some graphs upset them
+    if caches(model):
+        _with_choice_of_logits(model)
+    # Fusions of norms and rotations upset some graphs.
+    ways = [(shared, fusions) for shared in (True, False) for fusions in ("cpu", None)]
+    for shared, fusions in ways if caches(model) else ways[2:]:
         try:
-            with _quiet():
-                inputs, shapes = example(model)
+            with _quiet(), onnx_attention.in_place(model) if shared else contextlib.nullcontext():
+                inputs, shapes = example(model, shared)
                 config = exporters.OnnxConfig(
                     dynamic=True, dynamic_shapes=shapes, ort_fusions=fusions
                 )
-                made = exporters.OnnxExporter().export(model, inputs, config=config)
+                program = exporters.OnnxExporter().export(model, inputs, config=config).program
+            if shared:
+                onnx_attention.check(program, len(inputs["past_key_values"].layers))
             break
         except Exception as error:
             failure = error
@@ -86,8 +95,13 @@ def traced(model: Any, where: str) -> Any:
             f"{where}: transformers does not export {type(model).__name__} to ONNX: "
             f"{type(failure).__name__}: {first_line(failure, 200)}"
         ) from failure
-    _renamed(made.program, caches(model))
-    return made.program
+    if shared:
+        onnx_attention.without_reshapes(program)
+    _renamed(program, caches(model))
+    _choice_of_logits(program, ir)
+    if shared:
+        program.metadata_props[onnx_session.CACHE] = onnx_session.SHARED
+    return program
 
 
 def caches(model: Any) -> bool:
@@ -95,8 +109,17 @@ def caches(model: Any) -> bool:
     return bool(model.can_generate()) and not model.config.is_encoder_decoder
 
 
-def example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs to trace with, of batch 2, and which of their dimensions may change."""
+def _with_choice_of_logits(model: Any) -> None:
+    """Let the head begin to read at a token that is told; see ``_choice_of_logits``."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head:
+            model.set_submodule(name, onnx_modules.Last(head))
+
+
+def example(model: Any, shared: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs to trace with, of batch 2, and which of their dimensions may change; ``shared``: with
+    the cache of ``onnx_attention``."""
     inputs: dict[str, Any] = {
         name: tensor.repeat(2, *[1] * (tensor.dim() - 1))
         for name, tensor in make_inputs(probe_inputs(model)).items()
@@ -116,21 +139,24 @@ def example(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         inputs["position_ids"] = torch.arange(past, past + length).repeat(batch, 1)
     shapes = {name: {0: AUTO, 1: AUTO} for name in inputs}
     if past:
-        cache = _cache(model, batch, past)
+        cache = _cache(model, batch, past, shared)
         inputs["past_key_values"] = cache
         shapes["past_key_values"] = [{0: AUTO, 2: AUTO} for _ in range(2 * len(cache.layers))]
     return inputs, shapes
 
 
-def _cache(model: Any, batch: int, length: int) -> DynamicCache:
+def _cache(model: Any, batch: int, length: int, shared: bool) -> DynamicCache:
     """A cache as the model leaves it; its numbers do not matter.
 
     Layers with a sliding window keep all tokens as well; the mask leaves out what is too old.
     """
-    cache = DynamicCache()
+    cache = onnx_attention.PastCache() if shared else DynamicCache()
     tokens = torch.zeros(batch, length, dtype=torch.int64)
+    given = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if "position_ids" in inspect.signature(type(model).forward).parameters:
+        given["position_ids"] = torch.arange(length).repeat(batch, 1)
     with torch.no_grad():  # nodes of torch.onnx.ops.symbolic put out zeros of their shape
-        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        model(**given, past_key_values=cache, use_cache=True)
     return cache
 
 
@@ -160,6 +186,15 @@ def _renamed(program: Any, cached: bool) -> None:
         )
     if not cached:
         graph.outputs[0].name = "logits"
+
+
+def _choice_of_logits(program: Any, ir: Any) -> None:
+    """Make an input of where the head begins to read, zero where it is left away."""
+    for name, value in list(program.graph.initializers.items()):
+        if name.endswith(".first") and value.const_value.numpy().tolist() == [onnx_modules.UNLIKE]:
+            value.const_value = ir.tensor([0], dtype=ir.DataType.INT64)
+            value.name = onnx_session.LOGITS_FROM
+            program.graph.inputs.append(value)
 
 
 @contextlib.contextmanager

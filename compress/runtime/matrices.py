@@ -18,6 +18,7 @@ from torch.nn.functional import linear, pad
 
 GROUPS = (256, 128, 64, 32)  # that the int4 kernel takes
 PIECE = 3_000_000  # numbers decoded at a time
+CHUNK = 1_000_000  # of these, that are in float32 at a time
 DTYPE = torch.bfloat16
 
 
@@ -156,38 +157,50 @@ class Int4(Matrix):
         return super().pieces(self.block)
 
     def _decoded(self, first: int, last: int) -> Tensor:
-        """Blocks ``first`` to ``last``, transposed: [in, rows], in scratch memory."""
-        half, upper = self.block // 2, self.planes - 1
-        blocks, columns = last - first, self.plane0.shape[1]
-        words = [self.get_buffer(f"plane{i}")[first:last] for i in range(self.planes)]
-        scales = [self._numbers(i, first, last) for i in range(self.planes)]
-        out = scratch("out", (columns, blocks * self.block), DTYPE, words[0])
-        view = out.view(-1, self.group, blocks, 2, half).permute(3, 2, 0, 1, 4)
-        codes, low = (
-            scratch(name, (blocks, columns, half), torch.int8, words[0])
-            for name in ("codes", "low")
-        )
-        numbers = scratch("numbers", (blocks, columns, half), DTYPE, words[0])
-        grouped = numbers.view(blocks, -1, self.group, half)
-        for part in range(2):  # the low nibbles, then the high ones
-            _nibbles(words[upper], part, codes).sub_(8)
-            if upper:
-                codes.bitwise_left_shift_(4).bitwise_or_(_nibbles(words[0], part, low))
-            numbers.copy_(codes)
-            scale, shift = (t[part] for t in scales[0])
+        """Blocks ``first`` to ``last``, transposed: [in, rows], in scratch memory.
+
+        A few groups at a time, so that what lies between stays in the cache. Products are of
+        float32, which torch multiplies and rounds in less time than it does bfloat16.
+        """
+        columns, rows = self.plane0.shape[1], (last - first) * self.block
+        planes = [self.get_buffer(f"plane{i}")[first:last] for i in range(self.planes)]
+        out = scratch("out", (columns, rows), DTYPE, planes[0])
+        scale, shift = self._numbers(first * self.block, last * self.block)
+        step = max(1, CHUNK // (rows * self.group)) * self.group
+        for start in range(0, columns, step):
+            end = min(start + step, columns)
+            codes = _nibbles([plane[:, start:end] for plane in planes])
             if self.symmetric:
-                torch.mul(grouped, scale, out=view[part])
-                continue
-            if upper:  # codes are less 128 here, and less 136 in the sum of planes
-                shift = (shift.float() + scales[1][1][part].float() - 8 * scale.float()).to(DTYPE)
-            torch.addcmul(shift, grouped, scale, out=view[part])
+                codes = codes.sub_(8 if self.planes == 1 else 128).view(torch.int8)
+            numbers = scratch("numbers", (end - start, rows), torch.float32, codes).copy_(codes)
+            grouped = numbers.view(-1, self.group, rows)
+            groups = slice(start // self.group, end // self.group)
+            grouped.mul_(scale[groups])
+            if not self.symmetric:
+                grouped.add_(shift[groups])
+            out[start:end].copy_(numbers)
         return out
 
-    def _numbers(self, plane: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Scales and shifts of some blocks: [2, blocks, groups, 1, block/2] each."""
-        found = self.get_buffer(f"scale{plane}")[:, first * self.block : last * self.block]
-        shaped = found.reshape(len(found), last - first, 2, -1, 2).permute(4, 2, 1, 0, 3)
-        scale, shift = shaped.unsqueeze(-2).contiguous()
+    def _numbers(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """float32 [groups, 1, rows]: weight = code · scale + shift, for codes from zero on.
+
+        Stored pairs are bfloat16, the upper half of float32; to pick every second number of a
+        tensor takes torch much longer than to shift and mask pairs.
+        """
+        found = []
+        for i in range(self.planes):
+            pairs = self.get_buffer(f"scale{i}")[:, first:last].view(torch.int32)
+            scale, shift = (
+                scratch(f"{name}{i}", tuple(pairs.shape), torch.int32, pairs)
+                for name in ("scale", "shift")
+            )
+            torch.bitwise_left_shift(pairs, 16, out=scale)
+            torch.bitwise_and(pairs, -65536, out=shift)
+            scale, shift = (t.view(torch.float32).squeeze(-1)[:, None] for t in (scale, shift))
+            found.append((scale, shift.sub_(scale, alpha=8)))
+        (scale, shift), *upper = found
+        for _, more in upper:
+            shift.add_(more)
         return scale, shift
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -246,14 +259,24 @@ def _laid_out(codes: Tensor, block: int) -> Tensor:
     return out
 
 
-def _nibbles(words: Tensor, part: int, out: Tensor) -> Tensor:
-    """Put the low nibbles, or the high ones, into int8 ``out``: [0, 16)."""
-    unsigned = out.view(torch.uint8)
-    if part:
-        torch.bitwise_right_shift(words, 4, out=unsigned)
-    else:
-        torch.bitwise_and(words, 15, out=unsigned)
-    return out
+def _nibbles(planes: list[Tensor]) -> Tensor:
+    """uint8 [in, rows] codes of one or two planes, uint8 [blocks, in, block/2], in scratch memory.
+
+    Bytes are moved eight at a time, and on the way put into the order of rows.
+    """
+    blocks, columns, half = planes[0].shape
+    found = []
+    for i, plane in enumerate(planes):
+        codes = scratch(f"codes{i}", (columns, blocks * 2 * half), torch.uint8, plane)
+        words = codes.view(torch.int64).view(columns, blocks, 2, half // 8)
+        words[:, :, 0] = plane.view(torch.int64).transpose(0, 1)
+        torch.bitwise_right_shift(words[:, :, 0], 4, out=words[:, :, 1])
+        words.bitwise_and_(0x0F0F0F0F0F0F0F0F)
+        found.append(codes)
+    if len(found) == 1:
+        return found[0]
+    lower, upper = found
+    return upper.bitwise_left_shift_(4).bitwise_or_(lower)
 
 
 _kept = threading.local()

@@ -43,16 +43,13 @@ def exported(folder: Path) -> Path:
     return out
 
 
-class OnnxCache:
-    """Keys and values of the tokens read so far, as onnxruntime left them."""
+class OnnxCache(onnx_session.Cache):
+    """Keys and values of the tokens read so far, with the face of transformers' caches."""
 
     is_compileable = False
 
-    def __init__(self, values: onnx_session.Cache | None = None) -> None:
-        self.values = values or []
-
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.values[0].shape()[2] if self.values else 0
+        return self.length
 
 
 class OnnxModel(PreTrainedModel, GenerationMixin):
@@ -94,25 +91,34 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         token_type_ids: Tensor | None = None,
         past_key_values: OnnxCache | None = None,
         use_cache: bool | None = None,
+        logits_to_keep: int = 0,
         return_dict: bool | None = None,
     ) -> CausalLMOutputWithPast:
-        """``attention_mask`` [batch, past + length]; ``past_key_values`` grows by what was read."""
+        """``attention_mask`` [batch, past + length]; ``past_key_values`` grows by what was read;
+        ``logits_to_keep`` last tokens have logits, or all."""
         past = past_key_values or OnnxCache()
         feeds = text_feeds(input_ids, attention_mask, past.get_seq_length())
         given = {"position_ids": position_ids, "token_type_ids": token_type_ids}
         feeds |= {name: tensor for name, tensor in given.items() if tensor is not None}
-        logits, past.values = self.session.run(feeds, past.values)
+        feeds[onnx_session.LOGITS_FROM] = torch.tensor([-logits_to_keep])
+        logits = self.session.run(feeds, past)[:, -logits_to_keep:]
         cache: Any = past if self.session.past else None
         return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, past_key_values: OnnxCache, attention_mask: Any = None, **_: Any
+        self,
+        input_ids: Tensor,
+        past_key_values: OnnxCache,
+        attention_mask: Any = None,
+        logits_to_keep: int = 0,
+        **_: Any,
     ) -> dict[str, Any]:
         """What ``forward`` reads next of ``input_ids`` [batch, all tokens so far]."""
         return {
             "input_ids": input_ids[:, past_key_values.get_seq_length() :],
             "attention_mask": attention_mask,
             "past_key_values": past_key_values,
+            "logits_to_keep": logits_to_keep,
         }
 
     def _prepare_cache_for_generation(  # type: ignore[override]

@@ -6,8 +6,9 @@
 Makes a Llama of random weights (312M parameters unless told otherwise, all blocks alike, so that
 one of them is compressed and written as often as there are blocks) and compresses it. Every row is
 measured in a process of its own, in which it takes turns with the dense bfloat16 model, on one
-thread; figures are medians, ratios are medians of the turns' ratios. Memory is what a fresh process
-holds after loading, reading a prompt and writing, less what it held after its imports. Rows of
+thread; figures are medians of processor time, ratios are medians of the turns' ratios. Memory is
+what a fresh process holds after loading, reading a prompt and writing, less what it held after its
+imports. Rows of
 llama.cpp need llama-cpp-python; files for it come from ``compress export --to gguf``.
 """
 
@@ -82,10 +83,10 @@ def make_folders(home: Path, width: int, blocks: int, wanted: set[str]) -> int:
         repeat(block, home / "depth", blocks * 3 // 4)
     for name in FOLDERS:
         if name in wanted:
-            start = time.perf_counter()
+            start = time.process_time()
             api.apply({"stages": FOLDERS[name]}, model=str(block), out=home / f"{name}-block")
             repeat(home / f"{name}-block", home / name, blocks)
-            say(f"made {name} in {time.perf_counter() - start:.0f} s")
+            say(f"made {name} in {time.process_time() - start:.0f} s")
     return parameters
 
 
@@ -141,27 +142,27 @@ def runs(model: Any, prompt: int, steps: int) -> Runs:
     tokens = torch.randint(2, VOCABULARY, (1, prompt), generator=torch.Generator().manual_seed(0))
 
     def read() -> float:
-        start = time.perf_counter()
+        start = time.process_time()
         if isinstance(model, transformers.PreTrainedModel):
             model(input_ids=tokens, use_cache=True, logits_to_keep=1)
         else:
             model.reset()
             model.eval(tokens[0].tolist())
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     def write() -> float:
         if not isinstance(model, transformers.PreTrainedModel):
             model.reset()
             model.eval(tokens[0, :32].tolist())
-            start = time.perf_counter()
+            start = time.process_time()
             for token in tokens[0, :steps].tolist():
                 model.eval([token])
-            return time.perf_counter() - start
+            return time.process_time() - start
         cache = model(input_ids=tokens[:, :32], use_cache=True).past_key_values
-        start = time.perf_counter()
+        start = time.process_time()
         for i in range(steps):
             cache = model(input_ids=tokens[:, i : i + 1], past_key_values=cache).past_key_values
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     return {"decode": write, "prefill": read}
 

@@ -8,7 +8,8 @@ in groups of 64, embedding and head included, and exports dense, 8-bit and 4-bit
 to GGUF, which hold the same integers. In a process of its own each row shows ‖logits − those of the
 same weights in float32 by transformers‖ / ‖these‖ of 128 tokens, and the growth of resident memory
 as it loads and reads them (mapped files count). Then one process on one thread opens all of them,
-and they take turns: 128 tokens at once, and single tokens after the first few, as llama-bench does.
+and they take turns: 128 tokens at once, and single tokens after the first few, as llama-bench does,
+and after 512.
 Seconds are of the processor, medians, since others may work on the machine; the load average is
 printed, and only ratios of rows mean anything. "float" rows read 32-bit activations; the others of
 onnxruntime round them to 8 bits, as llama.cpp does.
@@ -45,9 +46,10 @@ from compress.verify import relative_difference
 
 VOCABULARY = 2048
 PROMPT = 128
-FIRST = 8  # tokens before those that are read one at a time
+FIRST, LONG = 8, 512  # tokens before those that are read one at a time
 TOKENS = 24
 PREFILLS = 3
+SPEEDS = ("decode", "decode far", "prefill")
 Step = Callable[[Tensor, int], Tensor]  # (tokens [1, length], how many came before) → logits
 
 # name → (weights, how they run)
@@ -148,8 +150,8 @@ def exported(folder: Path, weights: str, how: str) -> Path | None:
     return folder / f"{weights}-onnx" if how.startswith("onnx") else None
 
 
-def prompt() -> Tensor:
-    return (torch.arange(1, PROMPT + 1) * 7919 % VOCABULARY)[None]
+def prompt(length: int = PROMPT) -> Tensor:
+    return (torch.arange(1, length + 1) * 7919 % VOCABULARY)[None]
 
 
 def in_a_process(names: str, folder: Path) -> dict[str, Any]:
@@ -163,13 +165,13 @@ def in_a_process(names: str, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def opened(name: str, folder: Path) -> tuple[Step, Path]:
-    """How a row reads, and the file or folder that it reads."""
+def opened(name: str, folder: Path, room: int) -> tuple[Step, Path]:
+    """How a row reads up to ``room`` tokens, and the file or folder that it reads."""
     weights, how = ROWS[name]
     out = exported(folder, weights, how)
     if out is None:
         return in_transformers(folder / weights, how), folder / weights
-    return (in_llama_cpp(out) if how == "gguf" else in_onnxruntime(out, how)), out
+    return (in_llama_cpp(out, room) if how == "gguf" else in_onnxruntime(out, how)), out
 
 
 def held(name: str, folder: Path) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def held(name: str, folder: Path) -> dict[str, Any]:
     process = psutil.Process()
     expected = torch.load(folder / f"{ROWS[name][0]}.pt")
     before = process.memory_info().rss
-    step, file = opened(name, folder)
+    step, file = opened(name, folder, PROMPT)
     logits = step(prompt(), 0)
     return {
         "bytes": size(file),
@@ -188,21 +190,23 @@ def held(name: str, folder: Path) -> dict[str, Any]:
 
 def speeds(names: list[str], folder: Path) -> dict[str, dict[str, float]]:
     """Tokens a second of all rows, which take turns."""
-    steps = {name: opened(name, folder)[0] for name in names if name}
+    steps = {name: opened(name, folder, LONG + TOKENS)[0] for name in names if name}
     prefill: dict[str, list[float]] = {name: [] for name in steps}
-    decode: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(PREFILLS):
         for name, step in steps.items():
             prefill[name].append(timed(step, prompt(), 0))
-    for step in steps.values():
-        step(prompt()[:, :FIRST], 0)
-    for number in range(FIRST, FIRST + TOKENS):
-        for name, step in steps.items():
-            decode[name].append(timed(step, prompt()[:, number : number + 1], number))
-    return {
-        name: {"prefill": PROMPT / median(prefill[name]), "decode": 1 / median(decode[name])}
-        for name in steps
-    }
+    found = {name: {"prefill": PROMPT / median(prefill[name])} for name in steps}
+    for what, first in zip(SPEEDS, (FIRST, LONG), strict=False):
+        seconds: dict[str, list[float]] = {name: [] for name in steps}
+        tokens = prompt(first + TOKENS)
+        for step in steps.values():
+            step(tokens[:, :first], 0)
+        for number in range(first, first + TOKENS):
+            for name, step in steps.items():
+                seconds[name].append(timed(step, tokens[:, number : number + 1], number))
+        for name in steps:
+            found[name][what] = 1 / median(seconds[name])
+    return found
 
 
 def timed(step: Step, tokens: Tensor, past: int) -> float:
@@ -236,19 +240,19 @@ def in_onnxruntime(folder: Path, how: str) -> Step:
             session = onnx_session.Session(copy)
     else:
         session = onnx_session.Session(file)
-    cache: onnx_session.Cache = []
+    cache = onnx_session.Cache()
 
     def step(tokens: Tensor, past: int) -> Tensor:
         nonlocal cache
         feeds = onnx_session.text_feeds(tokens, past=past)
-        logits, cache = session.run(feeds, cache if past else None)
-        return logits
+        cache = cache if past else onnx_session.Cache()
+        return session.run(feeds, cache)
 
     return step
 
 
-def in_llama_cpp(file: Path) -> Step:
-    model = llama.opened(file, PROMPT)
+def in_llama_cpp(file: Path, room: int) -> Step:
+    model = llama.opened(file, room)
 
     def step(tokens: Tensor, past: int) -> Tensor:
         if not past:
@@ -262,14 +266,17 @@ def in_llama_cpp(file: Path) -> Step:
 def show(rows: dict[str, dict[str, Any]]) -> None:
     """The table, in Markdown; ratios are to dense bfloat16 in transformers."""
     base = rows.get("dense-bf16", {})
-    print("| | bytes | memory | logits | decode tok/s | × bf16 | prefill tok/s | × bf16 |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
+    print(
+        f"| | bytes | memory | logits | decode tok/s | × bf16 | after {LONG} | × bf16 "
+        "| prefill tok/s | × bf16 |"
+    )
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for name, row in rows.items():
-        ratios = [f"{row[key] / base[key]:.2f}" if base else "" for key in ("decode", "prefill")]
+        ratios = [f"{row[key] / base[key]:.2f}" if base else "" for key in SPEEDS]
         print(
             f"| {name} | {row['bytes'] / 1e6:.0f} MB | {row['memory'] / 1e6:.0f} MB "
             f"| {row['difference']:.1e} | {row['decode']:.1f} | {ratios[0]} "
-            f"| {row['prefill']:.0f} | {ratios[1]} |"
+            f"| {row['decode far']:.1f} | {ratios[1]} | {row['prefill']:.0f} | {ratios[2]} |"
         )
     print(f"\nload average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; one thread each")
 

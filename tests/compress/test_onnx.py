@@ -234,6 +234,82 @@ def test_generates_what_transformers_does(gpt2: Made, capsys: pytest.CaptureFixt
         gpt2.onnx.generate(TOKENS, num_beams=2, max_new_tokens=2)
 
 
+GROUPED = SMALL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+DECODERS = {
+    "groups": ("LlamaForCausalLM", "LlamaConfig", GROUPED),
+    "norms of heads": ("Qwen3ForCausalLM", "Qwen3Config", GROUPED),
+    "a window": ("MistralForCausalLM", "MistralConfig", GROUPED | {"sliding_window": 5}),
+    "narrow heads": ("LlamaForCausalLM", "LlamaConfig", GROUPED | {"head_dim": 4}),
+    "capped scores": ("Gemma2ForCausalLM", "Gemma2Config", GROUPED),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_with_and_without_a_cache_in_place(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits and text of a padded batch are transformers', over several lengths of the buffer."""
+    kind, config, numbers = DECODERS[name]
+    base = {key: tiny.LLAMA.to_dict()[key] for key in ("vocab_size", "max_position_embeddings")}
+    base |= {"num_hidden_layers": 2, "bos_token_id": 0, "eos_token_id": 0}
+    stages = [{"use": "rtn", "bits": 8, "group": 32, "targets": ["gate_proj"]}]
+    asked = getattr(transformers, config)(**base | numbers)
+    made = Made(tmp_path, kind, asked, stages, int8_activations=False)
+    in_place = name not in ("narrow heads", "capped scores")
+    proto = onnx.load(made.out / onnx_session.FILE, load_external_data=False)
+    nodes = [node.op_type for node in proto.graph.node]
+    assert nodes.count("GroupQueryAttention") == (2 if in_place else 0)
+    assert made.onnx.session.shared == in_place
+
+    monkeypatch.setattr(onnx_session, "ROOM", 4)
+    mask = torch.ones(3, 9, dtype=torch.int64)
+    mask[0, :3] = mask[2, :1] = 0
+    settings: dict[str, Any] = {"max_new_tokens": 11, "do_sample": False, "pad_token_id": 0}
+    for model in (made.onnx, made.model):
+        model.generation_config.eos_token_id = None
+    found = made.onnx.generate(TOKENS, attention_mask=mask, **settings)
+    assert torch.equal(found, made.model.generate(TOKENS, attention_mask=mask, **settings))
+
+    mask = torch.nn.functional.pad(mask, (0, 11), value=1)
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.no_grad():
+        expected = made.model(found, attention_mask=mask, position_ids=places).logits
+    cache = runtime.OnnxCache()
+    parts = [
+        made.onnx(found[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+        for a, b in ((0, 7), (7, 8), (8, 13), (13, 20))
+    ]
+    kept = mask.bool()
+    stepwise = torch.cat(parts, 1)[kept]
+    assert relative_difference(stepwise.flatten(), expected[kept].flatten()) < 1e-5
+
+
+def test_logits_only_of_the_last_tokens(llama: Made, gpt2: Made) -> None:
+    for made in (llama, gpt2):
+        whole = made.onnx(TOKENS).logits
+        feeds = onnx_session.text_feeds(TOKENS) | {onnx_session.LOGITS_FROM: torch.tensor([-2])}
+        last = made.onnx.session.run(feeds)
+        assert last.shape == (3, 2, whole.shape[2])
+        assert relative_difference(last.flatten(), whole[:, -2:].flatten()) < 1e-5
+        assert made.onnx(TOKENS, logits_to_keep=1).logits.shape == (3, 1, whole.shape[2])
+
+
+def test_a_cache_that_grows_keeps_what_it_holds(
+    llama: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_session, "ROOM", 4)
+    cache = runtime.OnnxCache()
+    llama.onnx(TOKENS[:, :4], past_key_values=cache)
+    before = cache.values[0].numpy().copy()
+    llama.onnx(TOKENS[:, 4:5], past_key_values=cache)
+    after = cache.values[0]
+    assert after.shape()[2] == 8
+    assert np.array_equal(after.numpy()[:, :, :4], before)
+    llama.onnx(TOKENS[:, 5:6], past_key_values=cache)
+    assert cache.values[0] is after  # and nothing is copied in between
+    assert not np.array_equal(after.numpy()[:, :, 5], np.zeros_like(before[:, :, 0]))
+
+
 def test_a_checkpoint_is_exported_once(
     bert: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
