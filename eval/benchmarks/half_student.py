@@ -70,7 +70,8 @@ def main() -> None:
             told = info["stages"][0]
             print(name, told["steps"], "steps, held out:", told["held_out_loss"], flush=True)
         folders.append(str(folder))
-    measured = evaluate(["demo", *folders], ["nll", "size_bytes"], data="demo", samples=options.windows)
+    metrics, samples = ["nll", "size_bytes"], options.windows
+    measured = evaluate(["demo", *folders], metrics, data="demo", samples=samples)
     rows = [row for row in measured if isinstance(row, Result)]
     found = {(Path(row.checkpoint).name, row.metric): row for row in rows}
     for name in ("demo", "half", *ways):

@@ -20,8 +20,9 @@ class TuneScales(Recovery):
     ŵ = s(1 + r)·(q − round(z + y)) with r and y trained by KL(teacher ‖ student) of the whole
     model and the codes q as they were (EfficientQAT's second phase, arXiv 2407.11062, here with
     zero-points and vectors). After a tenth of the steps codes are rounded anew to the moving grid,
-    by gradients as in ``autoround``, and stay so where the held-out loss is lower. The learning rate
-    ends at zero, so that codes between two points stop going to and fro. Bytes and format stay.
+    by gradients as in ``autoround``, and stay so where the held-out loss is lower. The learning
+    rate ends at zero, so that codes between two points stop going to and fro. Bytes and format
+    stay.
     """
 
     accepts: ClassVar = frozenset({"quantized"})
