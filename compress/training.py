@@ -68,15 +68,17 @@ class Schedule:
     weight_decay: float = 0.0
     check_every: int = 25
     patience: int = 6
-    begin: float = 1 / 3  # share of the steps after which what comes later moves as well
+    begin: float = 0.1  # share of the steps after which what comes later moves as well
+    floor: float = 0.1  # share of the learning rate that is left at the end
 
     def rate(self, step: int) -> float:
-        """Learning rate of step 0, 1, …: linear warm-up, then cosine decay to a tenth."""
+        """Learning rate of step 0, 1, …: linear warm-up, then cosine decay to ``floor``."""
         warm = max(1, round(self.warmup * self.steps))
         if step < warm:
             return self.learning_rate * (step + 1) / warm
         progress = (step - warm) / max(1, self.steps - warm)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+        fall = (1 - self.floor) / 2 * (1 + math.cos(math.pi * progress))
+        return self.learning_rate * (self.floor + fall)
 
 
 class Trainer:

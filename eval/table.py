@@ -112,6 +112,10 @@ def columns(
             return None
         return Cell(share(row.size / original_size), row.size / original_size)
 
+    def parameters(row: Measured) -> Cell | None:
+        count = row.record.get("parameters")
+        return Cell(f"{count:,}", count) if count and len(shapes) > 1 else None
+
     def difference(row: Measured) -> Cell | None:
         found = gaps.get(row.name)
         return Cell(found.text, found.mean, found.verdict) if found else None
@@ -127,9 +131,11 @@ def columns(
         note = f"{found.share:.2f} of itself" if found.share else ""
         return Cell(found.text, found.parameters or found.high, note)
 
+    shapes = {row.record["parameters"] for row in rows if "parameters" in row.record}
     known = [
         column("size", "Size", "weights on disk", size),
         column("share", "Share", "of the original's bytes", size_share),
+        column("parameters", "Parameters", "where methods change the shape", parameters),
         of("bits_per_param", "Bits/param", "bits per parameter", lambda v: number(v, 3)),
         of("nll", "nll", "nats per token, lower is better", lambda v: f"{v:.4f}"),
         column("difference", f"Δ {metric}", "difference to the reference ± its standard error",

@@ -171,6 +171,13 @@ def test_every_window_has_its_turn_once_an_epoch() -> None:
     assert sorted(_batch(7, 3, 8, seed=1).tolist()) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("floor", [0.0, 0.5])
+def test_the_rate_ends_at_its_floor(floor: float) -> None:
+    schedule = Schedule(steps=100, learning_rate=2.0, batch=1, floor=floor)
+    assert max(schedule.rate(step) for step in range(101)) == 2.0
+    assert schedule.rate(100) == pytest.approx(2 * floor)
+
+
 def test_the_rate_warms_up_and_decays_to_a_tenth() -> None:
     schedule = Schedule(steps=100, learning_rate=2.0, batch=1, warmup=0.1)
     rates = [schedule.rate(step) for step in range(101)]

@@ -69,6 +69,9 @@ class Recovery(TrainingCompressor):
         "auto", description="of the computation; auto is bfloat16 where the device is made for it"
     )
     warmup: float = Field(0.05, ge=0, le=1, description="share of steps until the highest rate")
+    floor: float = Field(
+        0.1, ge=0, le=1, description="share of the learning rate that is left at the last step"
+    )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     patience: int = Field(6, ge=1, description="checks without improvement that end the run")
 
@@ -141,6 +144,7 @@ class Recovery(TrainingCompressor):
                 self.accumulate,
                 self.warmup,
                 weight_decay=self.weight_decay,
+                floor=self.floor,
                 patience=self.patience,
             ),
             seed=run.seed,

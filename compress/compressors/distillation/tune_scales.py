@@ -19,17 +19,21 @@ class TuneScales(Recovery):
 
     ŵ = s(1 + r)·(q − round(z + y)) with r and y trained by KL(teacher ‖ student) of the whole
     model and the codes q as they were (EfficientQAT's second phase, arXiv 2407.11062, here with
-    zero-points and vectors). After a third of the steps codes are rounded anew to the moving grid,
-    by gradients as in ``autoround``, and stay so where the held-out loss is lower. Bytes and format
+    zero-points and vectors). After a tenth of the steps codes are rounded anew to the moving grid,
+    by gradients as in ``autoround``, and stay so where the held-out loss is lower. The learning
+    rate ends at zero, so that codes between two points stop going to and fro. Bytes and format
     stay.
     """
 
     accepts: ClassVar = frozenset({"quantized"})
     layouts: ClassVar = frozenset({"linear", "conv1d", "embedding"})
 
-    steps: int = Field(200, ge=1, description="optimizer steps")
+    steps: int = Field(240, ge=1, description="optimizer steps")
     learning_rate: float = Field(
         1e-2, gt=0, description="highest learning rate; scales take a fifth of it, of their size"
+    )
+    floor: float = Field(
+        0.0, ge=0, le=1, description="share of the learning rate that is left at the last step"
     )
     kl_share: float = Field(1.0, ge=0, le=1, description="weight of KL; cross-entropy has the rest")
     norms: bool = Field(True, description="train norms, biases and other vectors as well")
