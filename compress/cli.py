@@ -349,10 +349,16 @@ def _evaluate(
     notices = []
     with progress(quiet) as bars:
         task = bars.add_task("evaluate", total=None, note="")
-        for event in evaluate(folders, metrics, **options):
+        inside = bars.add_task("", visible=False, note="")
+
+        def watch(done: int, total: int) -> None:
+            bars.update(inside, completed=done, total=total, visible=done < total)
+
+        for event in evaluate(folders, metrics, watch=watch, **options):
             if isinstance(event, Step):
                 label = event.label.rpartition("/")[2]
                 bars.update(task, completed=event.done, total=event.total, description=label)
+                bars.reset(inside, visible=False)
             elif isinstance(event, Notice):
                 notices.append(event.text)
             else:
