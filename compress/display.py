@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
@@ -58,6 +59,7 @@ def _note(numbers: dict[str, float]) -> str:
 def progress(quiet: bool) -> Iterator[Progress]:
     """Progress bars, on a terminal; in a log they would be noise."""
     hidden = quiet or not screen.is_terminal
+    console = Console(file=sys.stderr)  # as it is now: what is measured may be redirected meanwhile
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -65,7 +67,7 @@ def progress(quiet: bool) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=screen, transient=True, disable=hidden) as bars:
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
         yield bars
 
 
