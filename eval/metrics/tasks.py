@@ -238,7 +238,7 @@ def _told(watch: Watch) -> type[tqdm[Any]]:
     """A bar of the harness, which tells ``watch``; several in a row count on."""
     done = total = 0
 
-    class Bar(tqdm):  # type: ignore[type-arg]
+    class Bar(tqdm):
         def update(self, n: float | None = 1) -> bool | None:
             nonlocal done, total
             if not self.n:
