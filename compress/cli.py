@@ -48,7 +48,7 @@ from compress.display import (
     explanation,
     follow,
     listing,
-    progress,
+    measuring,
     screen,
     summary,
 )
@@ -347,18 +347,10 @@ def _evaluate(
 
     rows = []
     notices = []
-    with progress(quiet) as bars:
-        task = bars.add_task("evaluate", total=None, note="")
-        inside = bars.add_task("", visible=False, note="")
-
-        def watch(done: int, total: int) -> None:
-            bars.update(inside, completed=done, total=total, visible=done < total)
-
+    with measuring(quiet) as (begin, watch):
         for event in evaluate(folders, metrics, watch=watch, **options):
             if isinstance(event, Step):
-                label = event.label.rpartition("/")[2]
-                bars.update(task, completed=event.done, total=event.total, description=label)
-                bars.reset(inside, visible=False)
+                begin(event.label.rpartition("/")[2], event.done, event.total)
             elif isinstance(event, Notice):
                 notices.append(event.text)
             else:

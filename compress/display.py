@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -69,6 +69,26 @@ def progress(quiet: bool) -> Iterator[Progress]:
     )
     with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
         yield bars
+
+
+@contextmanager
+def measuring(
+    quiet: bool,
+) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[int, int], None]]]:
+    """Two bars: call the first with what begins, how many are done and of how many, and the second
+    with how much of it is done."""
+    with progress(quiet) as bars:
+        task = bars.add_task("evaluate", total=None, note="")
+        inside = bars.add_task("", visible=False, note="")
+
+        def begin(label: str, done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, description=label)
+            bars.reset(inside, visible=False)
+
+        def watch(done: int, total: int) -> None:
+            bars.update(inside, completed=done, total=total, visible=done < total)
+
+        yield begin, watch
 
 
 def summary(folders: list[str], rows: list[Any]) -> None:
