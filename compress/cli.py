@@ -48,7 +48,7 @@ from compress.display import (
     explanation,
     follow,
     listing,
-    progress,
+    measuring,
     screen,
     summary,
 )
@@ -347,12 +347,10 @@ def _evaluate(
 
     rows = []
     notices = []
-    with progress(quiet) as bars:
-        task = bars.add_task("evaluate", total=None, note="")
-        for event in evaluate(folders, metrics, **options):
+    with measuring(quiet) as (begin, watch):
+        for event in evaluate(folders, metrics, watch=watch, **options):
             if isinstance(event, Step):
-                label = event.label.rpartition("/")[2]
-                bars.update(task, completed=event.done, total=event.total, description=label)
+                begin(event.label.rpartition("/")[2], event.done, event.total)
             elif isinstance(event, Notice):
                 notices.append(event.text)
             else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Generator, Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -58,6 +59,7 @@ def _note(numbers: dict[str, float]) -> str:
 def progress(quiet: bool) -> Iterator[Progress]:
     """Progress bars, on a terminal; in a log they would be noise."""
     hidden = quiet or not screen.is_terminal
+    console = Console(file=sys.stderr)  # as it is now: what is measured may be redirected meanwhile
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
@@ -65,8 +67,28 @@ def progress(quiet: bool) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=screen, transient=True, disable=hidden) as bars:
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
         yield bars
+
+
+@contextmanager
+def measuring(
+    quiet: bool,
+) -> Iterator[tuple[Callable[[str, int, int], None], Callable[[int, int], None]]]:
+    """Two bars: call the first with what begins, how many are done and of how many, and the second
+    with how much of it is done."""
+    with progress(quiet) as bars:
+        task = bars.add_task("evaluate", total=None, note="")
+        inside = bars.add_task("", visible=False, note="")
+
+        def begin(label: str, done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, description=label)
+            bars.reset(inside, visible=False)
+
+        def watch(done: int, total: int) -> None:
+            bars.update(inside, completed=done, total=total, visible=done < total)
+
+        yield begin, watch
 
 
 def summary(folders: list[str], rows: list[Any]) -> None:

@@ -43,7 +43,7 @@ def upload(folder: Path, to: str, *, private: bool = False, message: str = "") -
         ModelError: not a model folder. CheckpointError: its card is not valid, or the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     from compress.source import read_config
@@ -62,7 +62,7 @@ def upload(folder: Path, to: str, *, private: bool = False, message: str = "") -
         done: Any = api.upload_folder(
             repo_id=to, folder_path=folder, commit_message=message, ignore_patterns=IGNORED
         )
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # of whatever client speaks to the hub: refused, offline, timed out
         reason = first_line(error, 200)
         raise CheckpointError(
             f"{folder}: the hub did not take it as {to} ({reason}); `hf auth login` first, and "

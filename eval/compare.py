@@ -24,7 +24,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compress.errors import DataError
 from eval.results import Result
@@ -88,10 +88,17 @@ def paired(a: Result, b: Result, *, higher_is_better: bool | None = None) -> Dif
     counts = [1.0] * len(differences)
     if higher_is_better is None:
         higher_is_better = is_higher_better(a)
-    return difference(
+    found = difference(
         a.metric, differences, counts, a.documents, higher_is_better=higher_is_better,
         binary={*a.samples, *b.samples} <= {0.0, 1.0},
     )  # fmt: skip
+    rows, groups = a.data.get("examples", 0), len(a.samples)
+    if rows <= groups:
+        return found
+    # Each sample stands for several rows of a data set (eval/metrics/huggingface.py): people count
+    # rows.
+    needed = found.needed and math.ceil(_two_digits(found.needed * rows / groups))
+    return replace(found, windows=rows, documents=rows, needed=needed)
 
 
 def difference(

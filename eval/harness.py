@@ -14,7 +14,7 @@ from compress import checkpoint
 from compress.errors import CheckpointError, CompressError, DataError, NotMeasurable
 from eval import card, results
 from eval.metrics import DEFAULT, FAMILIES, get
-from eval.metrics.base import Context, Metric, Settings, load_model
+from eval.metrics.base import Context, Metric, Settings, Watch, load_model
 from eval.metrics.tasks import PREFIX as TASK
 from eval.results import Result
 
@@ -53,6 +53,7 @@ def evaluate(
     seed: int = 0,
     baseline: str | None = None,
     force: bool = False,
+    watch: Watch = lambda done, total: None,
 ) -> Iterator[Event | Result]:
     """Measure checkpoints: folders, hub ids, or "demo". Yields events, and a row when it is known.
 
@@ -71,6 +72,7 @@ def evaluate(
     length    tokens of a window; None is 256, or what the model takes if that is less
     stride    tokens between the starts of overlapping windows; None: they do not overlap
     baseline  the original to compare with; None is what each folder says it was made from
+    watch     told, within a measurement, how many windows, questions or rows are done of how many
 
     Raises:
         RecipeError, PluginError: a metric is unknown, or a plug-in is broken.
@@ -101,7 +103,8 @@ def evaluate(
     shared: dict[Any, Any] = {}
     done, total = 0, len(folders) * len(chosen)
     for folder in folders:
-        context = Context(folder, data, originals[folder], settings, load_original, shared=shared)
+        context = Context(folder, data, originals[folder], settings, load_original, shared=shared,
+                          watch=watch)  # fmt: skip
         local = Path(folder) if folder != "demo" and Path(folder).exists() else None
         earlier = {row.metric: row for row in results.read(local)} if local else {}
         for metric in chosen:

@@ -99,6 +99,11 @@ def read_checkpoint(folder: Path) -> Measured:
     Raises:
         CheckpointError: the folder has no results, or a file in it cannot be understood.
     """
+    if not folder.exists():
+        raise CheckpointError(
+            f"{folder}: no such folder, and only folders keep results; a recipe without stages, "
+            "or a variant `dense: []`, makes one of a model"
+        )
     results = read(folder)
     if not results:
         raise CheckpointError(f"{folder}: no results; run `compress eval {folder}` first")

@@ -6,12 +6,12 @@ import hashlib
 import json
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from transformers import AutoImageProcessor, PreTrainedModel
@@ -25,6 +25,8 @@ from eval.labelled import Labelled
 from eval.results import Result
 
 PREDICT_TEXT = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")
+Watch: TypeAlias = Callable[[int, int], None]
+"""Told how many parts of a measurement are done, and of how many."""
 ANY_MODEL = "size_bytes, bits_per_param and peak_memory"  # what every model has
 
 
@@ -78,6 +80,13 @@ class Context:
     load_original: Callable[[str], PreTrainedModel] = load_model
     cache: dict[str, Any] = field(default_factory=dict)
     shared: dict[Any, Any] = field(default_factory=dict)
+    watch: Watch = lambda done, total: None
+
+    def batches(self, count: int, size: int) -> Iterator[slice]:
+        """``count`` rows, ``size`` at a time; whoever watches is told when each is done."""
+        for start in range(0, count, size):
+            yield slice(start, start + size)
+            self.watch(min(start + size, count), count)
 
     @cached_property
     def path(self) -> Path:

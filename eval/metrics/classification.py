@@ -47,8 +47,8 @@ def predictions(context: Context) -> Tensor:
         examples = from_context(context)
         size = batch_size(examples, context.model, context.settings.batch)
         found = [
-            class_logits(examples, context.model, slice(start, start + size))[:, 0].argmax(-1).cpu()
-            for start in range(0, len(examples), size)
+            class_logits(examples, context.model, rows)[:, 0].argmax(-1).cpu()
+            for rows in context.batches(len(examples), size)
         ]
         context.cache["predictions"] = torch.cat(found)
     return context.cache["predictions"]

@@ -79,9 +79,9 @@ def embeddings(context: Context) -> tuple[Tensor, Tensor]:
                 f"{context.folder}: the original model is not known; name it with --baseline"
             )
         examples = from_context(context)
-        ours = _embed(examples, context.model, context.settings.batch)
+        ours = _embed(context, examples, context.model)
         same = context.reference is context.model
-        theirs = ours if same else _embed(examples, context.reference, context.settings.batch)
+        theirs = ours if same else _embed(context, examples, context.reference)
         context.cache["embeddings"] = ours, theirs
     return context.cache["embeddings"]
 
@@ -108,11 +108,10 @@ def _others(square: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def _embed(examples: Examples, model: PreTrainedModel, batch: int) -> Tensor:
+def _embed(context: Context, examples: Examples, model: PreTrainedModel) -> Tensor:
     found = []
-    size = batch_size(examples, model, batch)
-    for start in range(0, len(examples), size):
-        rows = slice(start, start + size)
+    size = batch_size(examples, model, context.settings.batch)
+    for rows in context.batches(len(examples), size):
         hidden = getattr(examples.call(model, rows), "last_hidden_state", None)
         if hidden is None:
             raise NotMeasurable(

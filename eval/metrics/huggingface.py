@@ -60,9 +60,7 @@ class HuggingFaceMetric(Metric):
             raise NotMeasurable(
                 f"{type(context.model).__name__} does not predict text; give --dataset"
             )
-        size = context.settings.batch
-        for start in range(0, len(examples), size):
-            rows = slice(start, start + size)
+        for rows in context.batches(len(examples), context.settings.batch):
             predicted = examples.call(context.model, rows).logits.argmax(-1).cpu()
             targets = examples.targets[rows]
             kept = targets != IGNORED

@@ -48,35 +48,23 @@ def scores(context: Context, *, compare: bool = False) -> Scores:
             raise NotMeasurable(
                 f"{context.folder}: the original model is not known; name it with --baseline"
             )
-        examples = from_context(context)
-        found = run(
-            examples,
-            context.model,
-            context.reference if compare else None,
-            batch=context.settings.batch,
-        )
+        found = run(context, context.reference if compare else None)
         context.cache["scores"] = found
     return found
 
 
 @torch.inference_mode()
-def run(
-    examples: Examples,
-    model: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    *,
-    batch: int,
-) -> Scores:
+def run(context: Context, reference: PreTrainedModel | None) -> Scores:
     """Both models see the same batches. Softmax in float32, sums in float64.
 
     Raises:
         NotMeasurable: the model's output has no logits that stand for a choice.
         ModelError: the two models choose among different numbers of things.
     """
-    count, size = len(examples), batch_size(examples, model, batch)
+    examples, model = from_context(context), context.model
+    size = batch_size(examples, model, context.settings.batch)
     found: list[dict[str, Tensor]] = []
-    for start in range(0, count, size):
-        rows = slice(start, start + size)
+    for rows in context.batches(len(examples), size):
         logits = class_logits(examples, model, rows)
         theirs = logits
         if reference is not None and reference is not model:
@@ -87,7 +75,7 @@ def run(
                     f"{list(theirs.shape)}; compare with a model of the same vocabulary"
                 )
         for i in range(len(logits)):
-            targets = None if examples.targets is None else examples.targets[start + i]
+            targets = None if examples.targets is None else examples.targets[rows.start + i]
             found.append(_window(logits[i], targets, None if reference is None else theirs[i]))
     values = {name: torch.stack([window[name] for window in found]) for name in found[0]}
     counted = values["count"]

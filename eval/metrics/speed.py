@@ -67,7 +67,11 @@ class _Speed(Metric):
 
     def measure(self, context: Context) -> Result:
         self._check(context.model)
-        timed_sizes = [self._time(context, *size) for size in self._sizes(context)]
+        sizes = self._sizes(context)
+        timed_sizes = []
+        for batch, prompt in sizes:
+            timed_sizes.append(self._time(context, batch, prompt))
+            context.watch(len(timed_sizes), len(sizes))
         first = timed_sizes[0]
         detail = {key: value for key, value in first.items() if key not in ("batch", "prompt")}
         return self.result(context, first["median"], detail=detail | {"sizes": timed_sizes})

@@ -15,8 +15,10 @@ import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from tqdm import tqdm
 
 from compress.errors import (
     DataError,
@@ -28,7 +30,7 @@ from compress.errors import (
 )
 from compress.objective import family
 from eval import demo_tasks
-from eval.metrics.base import Context, Metric
+from eval.metrics.base import Context, Metric, Watch
 from eval.metrics.columns import of_examples, parts
 from eval.metrics.scores import LOGITS
 from eval.results import Result
@@ -99,8 +101,8 @@ class HarnessTask(Metric):
 
 def _run(name: str, context: Context) -> dict[str, Any]:
     """What the harness says of the checkpoint's model."""
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval import evaluator, simple_evaluate
+    from lm_eval.models import huggingface
 
     kind = family(context.model)
     if kind not in ("causal", "encoder-decoder"):
@@ -109,8 +111,11 @@ def _run(name: str, context: Context) -> dict[str, Any]:
         raise NotMeasurable(f"{context.folder}: tasks need a tokenizer and the folder has none")
     loaded = _load(name, context.shared)
     vocabulary = context.model.config.get_text_config().vocab_size
-    with _quiet():
-        model = HFLM(
+    bar = mock.patch.object(huggingface, "tqdm", _told(context.watch))
+    # What it asks git and other programs for its own record, they would answer on the screen.
+    record = mock.patch.multiple(evaluator, get_git_commit_hash=str, add_env_info=id)
+    with _quiet(), bar, record:
+        model = huggingface.HFLM(
             pretrained=context.model,
             backend="causal" if kind == "causal" else "seq2seq",
             tokenizer=context.tokenizer,
@@ -227,6 +232,22 @@ def _slices(docs: list[Any], scores: list[float]) -> Any:
         return {}
     values = torch.tensor(scores, dtype=torch.float64)[:, None]
     return parts(of_examples(docs), values, torch.ones_like(values))
+
+
+def _told(watch: Watch) -> type[tqdm[Any]]:
+    """A bar of the harness, which tells ``watch``; several in a row count on."""
+    done = total = 0
+
+    class Bar(tqdm):
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal done, total
+            if not self.n:
+                total += int(self.total or 0)
+            done += int(n or 0)
+            watch(done, total)
+            return super().update(n)
+
+    return Bar
 
 
 @contextlib.contextmanager

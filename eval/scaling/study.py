@@ -137,7 +137,7 @@ def _original(row: Measured, originals: Sequence[Measured]) -> Measured:
         return originals[0]
     raise DataError(
         f"{row.name}: its original, {base.get('model', 'unknown')}, is not among the folders; "
-        "evaluate it on the same text and give it too"
+        "evaluate it on the same text and give it too; a recipe without stages makes it a folder"
     )
 
 

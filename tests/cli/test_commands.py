@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from compress import registry
+from compress import cli, registry
+from eval import harness
+from eval.harness import Progress
 
 SHARED = {
     "calibration": {"data": "demo"},
@@ -213,6 +218,24 @@ def test_eval_of_tasks_and_of_a_data_set(compress: Run, done: Path, tmp_path: Pa
     answer = compress("eval", folder, "--dataset", "x.csv", "--columns", "text")
     assert answer.code == 2
     assert "--columns text: write KEY=VALUE" in answer.line
+
+
+def test_questions_are_counted_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any, watch: Any, **__: Any) -> Iterator[Progress]:
+        yield Progress("folder/small: task:x", 1, 2)
+        with contextlib.redirect_stderr(io.StringIO()):  # as while the harness runs
+            watch(3, 9)
+            time.sleep(0.3)  # the screen is drawn ten times a second
+        yield Progress("done", 2, 2)
+
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(harness, "evaluate", slow)
+    assert cli._evaluate(["folder/small"], None, False) == []
+    assert "small: task:x" in terminal.getvalue()
+    assert "3/9" in terminal.getvalue()
 
 
 def test_push_is_refused_without_a_name(compress: Run, done: Path) -> None:

@@ -103,3 +103,14 @@ def test_a_hub_that_refuses_is_one_clear_error(
     monkeypatch.setattr(huggingface_hub, "HfApi", Closed)
     with pytest.raises(CheckpointError, match=r"did not take it as me/small \(no route to host\)"):
         upload(folder, "me/small")
+
+
+def test_nobody_at_the_other_end_is_one_clear_error(folder: Path) -> None:
+    class Nowhere(huggingface_hub.HfApi):
+        def __init__(self) -> None:
+            super().__init__("http://127.0.0.1:9", token="none")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface_hub, "HfApi", Nowhere)
+        with pytest.raises(CheckpointError, match=r"as me/small \(.*refused"):
+            upload(folder, "me/small")

@@ -160,6 +160,16 @@ def test_the_sample_size_that_is_called_needed_is_enough_four_times_in_five() ->
     assert seen / 300 == pytest.approx(0.8, abs=0.07)
 
 
+def test_rows_are_counted_where_a_sample_stands_for_several() -> None:
+    a, b = drawn(3, spread=0.05), drawn(4, spread=0.05)
+    plain = paired(result(a), result(b))
+    grouped = paired(result(a, data=TEXT | {"examples": 200}), result(b))
+    assert (grouped.mean, grouped.low, grouped.high) == (plain.mean, plain.low, plain.high)
+    assert plain.needed is not None
+    assert grouped.needed == pytest.approx(5 * plain.needed, rel=0.1)
+    assert grouped.words.startswith("no measurable difference over 200 examples; about ")
+
+
 def test_units_are_documents_where_there_are_at_least_two() -> None:
     assert by_document([1.0, 2.0, -3.0], [7, 8, 7]) == [-2.0, 2.0]
     assert by_document([1.0, 2.0, -3.0], [7, 7, 7]) == [1.0, 2.0, -3.0]

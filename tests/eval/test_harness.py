@@ -18,7 +18,7 @@ from tiny import DEMO
 from compress.errors import CheckpointError, DataError, ModelError, RecipeError
 from eval import harness, results
 from eval.harness import Notice, Progress, evaluate
-from eval.metrics import DEFAULT, base, scores
+from eval.metrics import DEFAULT, base, scores, speed
 from eval.results import Result
 
 QUALITY = ["nll", "perplexity", "bits_per_byte", "kl", "top1_agreement"]
@@ -107,6 +107,20 @@ def test_one_original_and_one_pass_for_many_checkpoints(
     assert 0 < kl[0] < kl[1] < kl[2]
     assert len({row.data["hash"] for row in found.values()}) == 1
     assert all(len(found[f"noise{i}", "nll"].samples) == 3 for i in (1, 2, 3))
+
+
+def test_windows_and_sizes_are_counted_as_they_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = noisy_demo(tmp_path / "a", 0.1)
+    seen: list[tuple[int, int]] = []
+    options: dict[str, Any] = {"data": "demo", "watch": lambda *step: seen.append(step)}
+    rows([folder], ["nll", "perplexity"], samples=20, length=32, **options)
+    assert seen == [(16, 20), (20, 20)]  # one pass serves both, 16 windows at a time
+    seen.clear()
+    monkeypatch.setattr(speed, "take_turns", lambda runs, repeats: {"checkpoint": [1.0, 2.0]})
+    rows([folder], ["prefill_tokens_per_s"], length=32, **options)
+    assert seen == [(1, 2), (2, 2)]  # of its three sizes two are the same for short windows
 
 
 def test_the_original_is_compared_with_itself(tmp_path: Path) -> None:

@@ -297,6 +297,8 @@ def test_missing_results_say_what_to_run(tmp_path: Path) -> None:
         CheckpointError, match=r"bare: no results; run `compress eval .*bare` first"
     ):
         write_report([folder], tmp_path / "report.html")
+    with pytest.raises(CheckpointError, match=r"demo: no such folder, .* `dense: \[\]`, makes one"):
+        write_report([Path("demo")], tmp_path / "report.html")
     assert not list(tmp_path.glob("report.*"))
 
 

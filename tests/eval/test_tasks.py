@@ -229,6 +229,23 @@ def test_perplexity_is_that_of_the_harness_and_of_a_loop_by_hand(
     assert theirs ** (size / (6 * 47)) == pytest.approx(perplexity, rel=1e-4)
 
 
+def test_questions_are_counted_as_they_are_answered(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where git has nothing to say
+    seen: list[tuple[int, int]] = []
+    rows(model, tasks=["demo_brackets"], force=True, watch=lambda *step: seen.append(step))
+    asked = sum(len(q["choices"]) for q in demo_tasks.questions("demo_brackets")[:QUESTIONS])
+    assert seen == [(i + 1, asked) for i in range(asked)]
+    assert capfd.readouterr() == ("", "")
+    path = local_task(tmp_path, output_type="loglikelihood_rolling", doc_to_text="",
+                      doc_to_target="{{q}}{{a}}", metric_list=[{"metric": "word_perplexity"}],
+                      )  # fmt: skip
+    seen.clear()
+    rows(model, tasks=[str(path)], watch=lambda *step: seen.append(step))
+    assert [done for done, _ in seen] == list(range(1, QUESTIONS + 1))
+
+
 def test_tasks_in_a_recipe_and_progress(model: str) -> None:
     from compress import recipe
 
