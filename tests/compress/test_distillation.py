@@ -406,9 +406,7 @@ def test_codes_wait_and_are_then_rounded_anew(
     sites = set(weights)
     few = {**SHORT, "steps": 30, "learning_rate": 0.02}
     with pytest.raises(Killed):  # the fourth step is the first that moves them
-        train(
-            TuneScales(**few), tokens, tokenizer, tmp_path / "a", student, sites=sites, kill_at=3
-        )
+        train(TuneScales(**few), tokens, tokenizer, tmp_path / "a", student, sites=sites, kill_at=3)
     grids = [student.get_submodule(name).rounding for name in sites]
     assert [grid.changed() for grid in grids] == [0] * 6
     assert all((grid.offset == 0).all() and (grid.stretch != 0).any() for grid in grids)
