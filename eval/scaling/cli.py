@@ -92,6 +92,8 @@ def _curve(found: Study) -> list[dict[str, Any]]:
         "kind": "curve", "ladder": ladder.source, "sizes": sizes, "tokens": ladder.tokens,
         "form": "interpolation",
     }  # fmt: skip
+    if ladder.undertrained:
+        record["undertrained"] = [rung.parameters for rung in ladder.undertrained]
     if isinstance(curve, Law):
         record |= {"form": "E + A/N^alpha", "E": curve.E, "A": curve.A, "alpha": curve.alpha}
         for name, column in zip(("E", "A", "alpha"), curve.draws.T, strict=True):
@@ -190,6 +192,9 @@ def _show_curve(console: Console, record: dict[str, Any]) -> None:
         f"[bold]Dense ladder[/] {record['ladder']}: {len(sizes)} sizes, "
         f"{count(sizes[0])} to {count(sizes[-1])} parameters{tokens}"
     )
+    if "undertrained" in record:
+        left = " and ".join(map(count, record["undertrained"]))
+        console.print(f"left out: {left}, no better than smaller ones; they read too few tokens")
     if "alpha" in record:
         ends = {name: "{:.3g} to {:.3g}".format(*record[f"{name}_95"]) for name in ("E", "alpha")}
         console.print(

@@ -26,6 +26,7 @@ from eval.scaling.law import DRAWS, SIZES, Curve, curve, fit
 
 DEMO = Path(__file__).parent / "pycoder.jsonl"
 METRIC = "nll"
+SURE = 3.0  # standard errors, by which a larger model must be worse to be left out
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class Ladder:
     tokens: int | None
     """That each was trained on, if it is known."""
     curve: Curve
+    undertrained: tuple[Rung, ...] = ()
+    """Models that a smaller one of as many tokens is better than: they read too little."""
 
     def check(self, original: Measured) -> list[str]:
         """With which reserves the ladder holds for ``original``.
@@ -162,9 +165,24 @@ def _ladder(source: str, rows: Sequence[tuple[Result, int]], tokens: int | None)
     )
     if len({rung.parameters for rung in rungs}) < 2:
         raise DataError(f"{source}: a ladder needs two sizes at least, better {SIZES} or more")
+    undertrained = [
+        rung for n, rung in enumerate(rungs) if tokens and any(_better(o, rung) for o in rungs[:n])
+    ]
+    rungs = [rung for rung in rungs if rung not in undertrained]
     N, nll = _arrays(rungs)
     made = curve(N, nll, _noise(rungs))
-    return Ladder(source, tuple(rungs), rows[0][0].data, tokens, made)
+    return Ladder(source, tuple(rungs), rows[0][0].data, tokens, made, tuple(undertrained))
+
+
+def _better(smaller: Rung, larger: Rung) -> bool:
+    """Whether a model is better than a larger one, beyond what the text explains."""
+    if smaller.parameters == larger.parameters:
+        return False
+    error = (smaller.stderr**2 + larger.stderr**2) ** 0.5
+    if len(smaller.samples) == len(larger.samples) > 1:
+        differences = np.subtract(larger.samples, smaller.samples)
+        error = float(differences.std(ddof=1)) / len(differences) ** 0.5
+    return larger.nll - smaller.nll > SURE * error
 
 
 def _noise(rungs: Sequence[Rung]) -> Any:

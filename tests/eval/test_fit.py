@@ -118,6 +118,21 @@ def test_the_ladder_may_be_dense_checkpoints(tmp_path: Path, folders: list[Path]
     assert len({rung.parameters for rung in found.ladder.rungs}) == len(SIZES) + 1
 
 
+def test_a_larger_model_that_is_worse_is_no_rung(rungs: Path, folders: list[Path]) -> None:
+    before = study(folders, ladder=rungs).ladder
+    size = 2 * SIZES[-1]
+    detail = {"parameters": size, "tokens": 10**6, "seed": 0}
+    worse = nll_row("large", dense(SIZES[-1]) + 0.2, detail=detail)
+    rungs.write_text(rungs.read_text() + worse.model_dump_json() + "\n")
+    ladder.read.cache_clear()
+    after = study(folders, ladder=rungs).ladder
+    assert [rung.parameters for rung in after.undertrained] == [size]
+    assert after.curve.limits == before.curve.limits
+    shipped = ladder.read(ladder.DEMO)
+    assert [round(r.parameters / 1e6, 2) for r in shipped.undertrained] == [5.57, 6.82]
+    assert len(shipped.rungs) == 7
+
+
 def test_a_missing_original_and_other_text_are_errors(rungs: Path, folders: list[Path]) -> None:
     with pytest.raises(DataError, match="original, demo, is not among the folders"):
         study(folders[1:], ladder=rungs)
