@@ -192,8 +192,8 @@ class Planner:
         yield from self.calibrate()
 
     def frontier(self, count: int) -> list[Plan]:
-        """The best for ``count`` sizes, evenly from the least up to ``most``."""
-        most, least = self.most, self.least
+        """The best for ``count`` sizes, evenly from the least that is of use up to ``most``."""
+        most, least = self.most, self._useful()
         return [self.fit(least + (most - least) * n // (count - 1)) for n in range(count)]
 
     def look(self) -> Iterator[Event]:

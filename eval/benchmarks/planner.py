@@ -1,6 +1,7 @@
 """The planner against its promises: bytes, predictions, and uniform recipes of no more bytes.
 
     python -m eval.benchmarks.planner bytes coverage uniform keep
+    python -m eval.benchmarks.planner growth
 
 Choices are made on calibration text; ``uniform`` and ``keep`` are measured on evaluation text.
 """
@@ -8,12 +9,20 @@ Choices are made on calibration text; ``uniform`` and ``keep`` are measured on e
 from __future__ import annotations
 
 import argparse
+import os
 import random
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+import transformers
 
 from compress import recipe as recipes
 from compress import run as runs
@@ -22,9 +31,11 @@ from compress.planning.goals import keep
 from compress.planning.menus import FAMILIES, GROUPS, methods_of
 from compress.planning.planner import Plan, Planner
 from compress.recipe import Recipe
-from compress.source import Source
+from compress.source import DEMO, Source
 from eval.harness import Notice, Progress, evaluate
 
+PARTS = ("bytes", "coverage", "uniform", "keep")
+WIDTHS = (128, 256, 512)  # of the random Llamas of six blocks whose frontiers are timed
 SIZES = (50, 35, 25, 18, 12)  # percent of the original's bytes
 RATES = (1.25, 1.5, 2, 2.5, 3, 3.5, 4, 5, 6)  # bits of uniform ecgptq
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the bytes that svd keeps, of the weights that admm drops
@@ -32,12 +43,16 @@ SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the bytes that svd keeps, of the weig
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
-    arguments.add_argument("parts", nargs="+", choices=("bytes", "coverage", "uniform", "keep"))
+    arguments.add_argument("parts", nargs="+", choices=(*PARTS, "growth"))
     arguments.add_argument("--model", default="demo")
     arguments.add_argument("--data", default="demo")
     arguments.add_argument("--seed", type=int, default=0)
     arguments.add_argument("--families", default="quantization", help=", ".join(FAMILIES))
     asked = arguments.parse_args()
+    if "growth" in asked.parts:
+        grow()
+        if asked.parts == ["growth"]:
+            return
     recipe = recipes.load_one({
         "model": asked.model,
         "seed": asked.seed,
@@ -51,8 +66,9 @@ def main() -> None:
     for _ in planner.work():
         pass
     for part in asked.parts:
-        print(f"\n{part}, {asked.model}, seed {asked.seed}")
-        {"bytes": count, "coverage": cover, "uniform": compare, "keep": keeps}[part](planner)
+        if part in PARTS:
+            print(f"\n{part}, {asked.model}, seed {asked.seed}", flush=True)
+            {"bytes": count, "coverage": cover, "uniform": compare, "keep": keeps}[part](planner)
 
 
 def sizes(planner: Planner, count: int, most: float) -> list[int]:
@@ -125,6 +141,36 @@ def uniform() -> Iterator[tuple[str, dict[str, Any]]]:
     for share in SHARES:
         yield f"svd {share}", {"use": "svd", "ratio": share, "ranks": "uniform"} | everything
         yield f"admm {share}", {"use": "admm", "sparsity": share, "allocation": "uniform"}
+
+
+def grow() -> None:
+    """A frontier of ten from nothing, for models of three sizes: seconds and peak memory."""
+    print("parameters  seconds  of processor time  peak memory")
+    for width in WIDTHS:
+        config = transformers.LlamaConfig(
+            hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=6,
+            num_attention_heads=width // 32, num_key_value_heads=width // 64, vocab_size=2048,
+            tie_word_embeddings=True, dtype="bfloat16", max_position_embeddings=512,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model: Any = transformers.LlamaForCausalLM(config)
+        model.to(torch.bfloat16)
+        with tempfile.TemporaryDirectory() as home:
+            model.save_pretrained(f"{home}/model")
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(DEMO / name, f"{home}/model")
+            start = time.perf_counter()
+            command = ["plan", "--frontier", "10", "--model", f"{home}/model", "--data", "demo"]
+            done = subprocess.Popen(
+                [sys.executable, "-m", "compress.cli", *command, "--quiet", "--out", f"{home}/out"],
+                env=os.environ | {"XDG_CACHE_HOME": home},
+            )
+            _, status, used = os.wait4(done.pid, 0)
+            if status:
+                sys.exit(f"compress {' '.join(command)} ended with {status}")
+            print(f"{model.num_parameters():,}  {time.perf_counter() - start:.0f}  "
+                  f"{used.ru_utime + used.ru_stime:.0f}  {used.ru_maxrss / 1e6:.2f} GB",
+                  flush=True)  # fmt: skip
 
 
 def keeps(planner: Planner) -> None:
