@@ -19,7 +19,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from compress.compressors.base import Compressor
     from compress.export.base import Exporter
-    from compress.planning.planner import Plan
+    from compress.planning.plan import Plan
     from compress.preflight import Preflight
     from compress.recipe import Recipe
     from compress.source import Source

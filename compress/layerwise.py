@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,18 +25,17 @@ from compress.assemble import assemble
 from compress.blockwise import dense_tensor, put, stops, streamed
 from compress.calibration import calibrates, forward_passes
 from compress.compressors.base import CalibratedCompressor, LayerCompressor
-from compress.errors import ModelError
 from compress.events import Event
 from compress.memory import give_back, map_large
 from compress.moments import Moments, gathered
 from compress.objective import family
-from compress.problem import LayerProblem, Table, relative_error
+from compress.problem import LayerProblem, Table
 from compress.recipe import Recipe, Stage
 from compress.sensitivity import Sensitivity, sensitivities
+from compress.solvers import prepared_all, record, solvers_of
 from compress.source import Source
 from compress.store import Blocks, Part, Store
 from compress.weights import Weight
-from compress.weights.base import rounding
 
 
 def solve(
@@ -93,7 +91,7 @@ def _without_data(
     """One pass over the blocks that are not there yet: read, solve, write."""
     compressor = stage.compressor
     assert isinstance(compressor, LayerCompressor)
-    solvers = _solvers(stage, source)
+    solvers = solvers_of(stage, source)
     blocks = source.anatomy.blocks
 
     def problems() -> Iterator[LayerProblem]:
@@ -102,7 +100,7 @@ def _without_data(
                 if solvers.get(name) is compressor:
                     yield LayerProblem(name, weight)
 
-    solvers = _prepared(solvers, compressor, problems)
+    solvers = prepared_all(solvers, compressor, problems)
     for i, block in enumerate(blocks):
         start = time.perf_counter()
         if store.has(i):
@@ -120,58 +118,6 @@ def _without_data(
         del part
         give_back()
         yield Event(stage.use, i + 1, len(blocks), {"seconds": time.perf_counter() - start})
-
-
-def _solvers(stage: Stage, source: Source) -> dict[str, LayerCompressor]:
-    """What solves each site of a stage: its compressor, or that with a site's own parameters."""
-    solvers = {}
-    for site in stage.sites(source.anatomy):
-        solver = stage.compressor_for(site)
-        assert isinstance(solver, LayerCompressor)
-        solvers[site.name] = solver
-    return solvers
-
-
-def _prepared(
-    solvers: dict[str, LayerCompressor],
-    common: LayerCompressor,
-    problems: Callable[[], Iterable[LayerProblem]],
-) -> dict[str, LayerCompressor]:
-    """``solvers``, once ``common`` has looked at the problems of the sites that it solves."""
-    if not any(solver is common for solver in solvers.values()):
-        return solvers
-    prepared = common.prepare(problems)
-    return {
-        name: prepared.at_site(name) if solver is common else solver
-        for name, solver in solvers.items()
-    }
-
-
-def record(
-    number: int, stage: Stage, site: Site, problem: LayerProblem, weight: Weight
-) -> dict[str, Any]:
-    """What compression.json says of one site and stage.
-
-    Raises:
-        ModelError: the weight is not finite.
-    """
-    error = relative_error(problem, weight)
-    if not error < float("inf"):
-        raise ModelError(f"{stage.use} made a weight of {site.name} that is not finite")
-    return {
-        "number": number,
-        "stage": stage.use,
-        "name": site.name,
-        "role": site.role,
-        "block": site.block,
-        "shape": list(site.shape),
-        "kind": weight.kind,
-        "bytes_before": problem.weight.nbytes,
-        "bytes": weight.nbytes,
-        "relative_error": error,
-        "packs": stage.compressor_for(site).packs,
-        "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
-    } | rounding(weight.spec)
 
 
 class _Calibrated:
@@ -203,7 +149,7 @@ class _Calibrated:
             for name in (site.name, *site.aliases)
             if (site.role == "head" or name in site.aliases) and self._is_linear(name)
         ]
-        self.solvers = _solvers(stage, source)
+        self.solvers = solvers_of(stage, source)
         self.left: dict[int, dict[str, Site]] = {}
         self.done = {i for i in range(len(source.anatomy.blocks)) if store.has(i)}
         distributed.wait()  # before the first process writes
@@ -217,7 +163,7 @@ class _Calibrated:
         reads = any(self.solver(name).reads_gradients for name in self.sites)
         if predicts and reads and not self.sensitivities:
             self.sensitivities = self.measured()
-        self.solvers = _prepared(self.solvers, self.compressor, self.problems)
+        self.solvers = prepared_all(self.solvers, self.compressor, self.problems)
         total = sum(map(len, self.left.values()))
         start = time.perf_counter()
 

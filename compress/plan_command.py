@@ -14,7 +14,7 @@ from compress.errors import RecipeError
 from compress.sizes import parse_share, parse_size
 
 if TYPE_CHECKING:
-    from compress.planning.planner import Plan
+    from compress.planning.plan import Plan
 
 FORMATS = ("any", "compressed-tensors")
 SIZE = "30% of the model's bytes, 300MB, 1.5GB, or bytes."

@@ -13,7 +13,8 @@ from compress.compressors.base import LayerCompressor, Shape, TrainingCompressor
 from compress.compressors.structure.depth import Depth
 from compress.errors import CheckpointError
 from compress.objective import window_length
-from compress.recipe import Recipe, check_order
+from compress.order import check_order
+from compress.recipe import Recipe
 from compress.shape import sources
 from compress.source import Source
 

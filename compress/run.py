@@ -31,13 +31,13 @@ from compress.compressors.base import (
 from compress.errors import CheckpointError, DataError
 from compress.events import Event
 from compress.formats import auto_classes
-from compress.layerwise import record as record_site
 from compress.layerwise import solve
 from compress.plain_load import observe
 from compress.planning.goals import resolved
 from compress.preflight import check_disk, check_output, preflight
 from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
+from compress.solvers import record as record_site
 from compress.source import Original, Source
 from compress.store import Blocks, Store
 from compress.structure import followed, restructure

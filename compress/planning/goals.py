@@ -11,7 +11,8 @@ from compress.errors import DataError, RecipeError
 from compress.events import Event
 from compress.planning.cache import cache_folder
 from compress.planning.menus import methods_of
-from compress.planning.planner import Plan, Planner
+from compress.planning.plan import Plan
+from compress.planning.planner import Planner
 from compress.recipe import Recipe, Stage
 from compress.sizes import parse_size
 from compress.source import Source

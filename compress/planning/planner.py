@@ -8,14 +8,12 @@ size, or a whole frontier, takes no new pass over the text.
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +32,7 @@ from compress.planning.law import Law
 from compress.planning.measure import held_out, measure
 from compress.planning.menus import REFERENCE, Grids, Menu, fast, menus_of
 from compress.planning.options import Choices, Option, Settings
+from compress.planning.plan import Plan
 from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
 from compress.sensitivity import Sensitivity
@@ -43,78 +42,7 @@ from compress.writer import versions
 
 ANCHORS = 8  # measured plans that the law goes through
 USEFUL = 0.5  # nats a token: of a plan that costs more nobody asks what it costs exactly
-WHY = "# Settings: each byte went where the loss's gradients say that it saves most.\n"
 TEMPER = 0.25  # standard deviation of ln cost between one refinement's try and the next
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A recipe that is predicted to fit.
-
-    settings  the option of every matrix that the stage takes, by name
-    bytes     of the weight file that it makes, exactly; with entropy-coded integers at most
-    budget    bytes that were given
-    cost      Σ ½ tr(F D H Dᵀ) of the trials, nats a token
-    gap       share of ``cost`` by which the best choice may be better, at most (Lagrange's bound)
-    predicted KL to the original in nats a token, and the ends of its 95% interval, if measured
-    next      what 1% more of the original's bytes is predicted to take off the KL
-    measured  KL and its standard error once applied, on calibration text that was not read
-    """
-
-    recipe: Recipe
-    settings: dict[str, Option]
-    bytes: int
-    budget: int
-    cost: float
-    gap: float
-    format: str
-    predicted: tuple[float, float, float] | None = None
-    next: float | None = None
-    measured: tuple[float, float] | None = None
-
-    def lines(self, original: int) -> list[str]:
-        """What there is to say of it; ``original`` is the bytes of the model's own file."""
-        said = [
-            f"model     {original:,} → {self.bytes:,} bytes ({self.bytes / original:.1%}), "
-            f"{1 - self.bytes / self.budget:.2%} below the size; held by: {self.format}",
-            f"options   {self.gap:.2%} above the least possible sum of costs, at most",
-        ]
-        if self.predicted:
-            kl, low, high = self.predicted
-            said.append(
-                f"predicted KL {kl:.4f} nats a token ({low:.4f} to {high:.4f} in 95 of 100): "
-                f"{math.exp(-kl):.2%} of the quality"
-            )
-            said.append(f"next      1% more of the bytes buys about {self.next or 0:.2g} nats")
-        else:
-            said.append(
-                f"costs     about {self.cost:.3g} nats a token; plans like it were not measured"
-            )
-        if self.measured:
-            kl, error = self.measured
-            said.append(
-                f"measured  KL {kl:.4f} ± {error:.4f} on calibration text that was not read"
-            )
-        return said
-
-    def numbers(self) -> dict[str, Any]:
-        """The same as JSON holds it."""
-        return {
-            "bytes": self.bytes,
-            "budget": self.budget,
-            "cost": self.cost,
-            "gap": self.gap,
-            "format": self.format,
-            "predicted": self.predicted,
-            "next": self.next,
-            "measured": self.measured,
-            "settings": {n: {"use": o.use} | o.fields for n, o in self.settings.items() if o.use},
-        }
-
-    def to_yaml(self, original: int) -> str:
-        """The recipe, with the reasons above it."""
-        above = "".join(f"# {line}\n" for line in self.lines(original))
-        return f"{above}{WHY}{self.recipe.to_yaml()}"
 
 
 class Planner:

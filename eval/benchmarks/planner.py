@@ -29,7 +29,8 @@ from compress import run as runs
 from compress.planning.cache import cache_folder
 from compress.planning.goals import keep
 from compress.planning.menus import FAMILIES, GROUPS, methods_of
-from compress.planning.planner import Plan, Planner
+from compress.planning.plan import Plan
+from compress.planning.planner import Planner
 from compress.recipe import Recipe
 from compress.source import DEMO, Source
 from eval.harness import Notice, Progress, evaluate

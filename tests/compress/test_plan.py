@@ -24,7 +24,8 @@ from compress.planning.goals import keep
 from compress.planning.law import Law
 from compress.planning.measure import held_out, measure
 from compress.planning.menus import between, fast, menus_of, methods_of
-from compress.planning.planner import Plan, Planner
+from compress.planning.plan import Plan
+from compress.planning.planner import Planner
 from compress.problem import LayerProblem, Table
 from compress.recipe import Recipe
 from compress.sizes import parse_share, parse_size

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from compress import recipe as recipes
 from compress import registry
 from compress.errors import RecipeError
-from compress.recipe import Recipe, Stage, check_order, load, load_one
+from compress.order import check_order
+from compress.recipe import Recipe, Stage, load, load_one
 from compress.source import Source
 
 FAST = settings(

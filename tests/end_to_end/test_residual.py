@@ -18,8 +18,8 @@ from compress.compressors.lowrank.residual import Residual
 from compress.compressors.quantization.rtn import RTN
 from compress.errors import RecipeError
 from compress.moments import Moments
+from compress.order import check_order
 from compress.problem import LayerProblem, relative_error
-from compress.recipe import check_order
 from compress.source import Source
 from compress.weights import Dense
 
