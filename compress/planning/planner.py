@@ -114,6 +114,16 @@ class Planner:
         """Bytes with every matrix in the largest of its options that is not itself."""
         return self.files.size({c.name: c.largest for c in self.choices})
 
+    def useful(self) -> int:
+        """Bytes of about the smallest plan that costs no more than ``USEFUL``, or of the least."""
+        low, high = self.least, self.most
+        if self.fit(low).cost <= USEFUL:
+            return low
+        while high > 1.01 * low:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fit(middle).cost > USEFUL else (low, middle)
+        return high
+
     def work(self) -> Generator[Event, None, None]:
         """All that takes time: costs, and what they come to."""
         yield from self.look()
@@ -121,7 +131,7 @@ class Planner:
 
     def frontier(self, count: int) -> list[Plan]:
         """The best for ``count`` sizes, evenly from the least that is of use up to ``most``."""
-        most, least = self.most, self._useful()
+        most, least = self.most, self.useful()
         return [self.fit(least + (most - least) * n // (count - 1)) for n in range(count)]
 
     def look(self) -> Iterator[Event]:
@@ -153,7 +163,7 @@ class Planner:
         """Apply and measure a few plans over the whole range of sizes."""
         if self.held is None:
             return
-        most, least = self.most, self._useful()
+        most, least = self.most, self.useful()
         costs, found = [], []
         yield Event("measure", 0, ANCHORS)
         for number in range(ANCHORS):
@@ -236,16 +246,6 @@ class Planner:
     def held(self) -> Examples | None:
         """Text to measure on, which plans do not read; None if there is too little."""
         return held_out(self.recipe, self.source)
-
-    def _useful(self) -> int:
-        """Bytes of about the smallest plan that costs no more than ``USEFUL``, or of the least."""
-        low, high = self.least, self.most
-        if self.fit(low).cost <= USEFUL:
-            return low
-        while high > 1.01 * low:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.fit(middle).cost > USEFUL else (low, middle)
-        return high
 
     def _fitting(self, choices: list[Choices], budget: int) -> dict[str, Option]:
         """The best choice whose file, names and all, is not above ``budget`` bytes."""
