@@ -40,6 +40,19 @@ def prepared_all(
     }
 
 
+def about(number: int, stage: Stage, site: Site, weight: Weight) -> dict[str, Any]:
+    """What every record of a site begins with."""
+    return {
+        "number": number,
+        "stage": stage.use,
+        "name": site.name,
+        "role": site.role,
+        "block": site.block,
+        "shape": list(site.shape),
+        "kind": weight.kind,
+    }
+
+
 def record(
     number: int, stage: Stage, site: Site, problem: LayerProblem, weight: Weight
 ) -> dict[str, Any]:
@@ -51,17 +64,14 @@ def record(
     error = relative_error(problem, weight)
     if not error < float("inf"):
         raise ModelError(f"{stage.use} made a weight of {site.name} that is not finite")
-    return {
-        "number": number,
-        "stage": stage.use,
-        "name": site.name,
-        "role": site.role,
-        "block": site.block,
-        "shape": list(site.shape),
-        "kind": weight.kind,
-        "bytes_before": problem.weight.nbytes,
-        "bytes": weight.nbytes,
-        "relative_error": error,
-        "packs": stage.compressor_for(site).packs,
-        "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
-    } | rounding(weight.spec)
+    return (
+        about(number, stage, site, weight)
+        | {
+            "bytes_before": problem.weight.nbytes,
+            "bytes": weight.nbytes,
+            "relative_error": error,
+            "packs": stage.compressor_for(site).packs,
+            "kept": weight.kind == problem.weight.kind == "dense" and error < 1e-9,
+        }
+        | rounding(weight.spec)
+    )

@@ -25,6 +25,7 @@ from compress.errors import RecipeError
 from compress.events import Event
 from compress.recipe import Recipe, Stage
 from compress.rotation import find_stream
+from compress.solvers import about
 from compress.source import Source
 from compress.store import Blocks, Part, Store
 from compress.weights import Weight
@@ -118,14 +119,7 @@ def record(
     number: int, stage: Stage, site: Site, weight: Weight, *, changed: bool
 ) -> dict[str, Any]:
     """What compression.json says of a site whose weight changed and whose function did not."""
-    return {
-        "number": number,
-        "stage": stage.use,
-        "name": site.name,
-        "role": site.role,
-        "block": site.block,
-        "shape": list(site.shape),
-        "kind": weight.kind,
+    return about(number, stage, site, weight) | {
         "bytes_before": weight.nbytes,
         "bytes": weight.nbytes,
         "relative_error": 0.0,

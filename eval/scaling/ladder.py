@@ -163,12 +163,12 @@ def _ladder(source: str, rows: Sequence[tuple[Result, int]], tokens: int | None)
         ),
         key=lambda rung: rung.parameters,
     )
-    if len({rung.parameters for rung in rungs}) < 2:
-        raise DataError(f"{source}: a ladder needs two sizes at least, better {SIZES} or more")
     undertrained = [
         rung for n, rung in enumerate(rungs) if tokens and any(_better(o, rung) for o in rungs[:n])
     ]
     rungs = [rung for rung in rungs if rung not in undertrained]
+    if len({rung.parameters for rung in rungs}) < 2:
+        raise DataError(f"{source}: a ladder needs two sizes at least, better {SIZES} or more")
     N, nll = _arrays(rungs)
     made = curve(N, nll, _noise(rungs))
     return Ladder(source, tuple(rungs), rows[0][0].data, tokens, made, tuple(undertrained))
