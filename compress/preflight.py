@@ -16,6 +16,7 @@ from compress.objective import window_length
 from compress.order import check_order
 from compress.recipe import Recipe
 from compress.shape import sources
+from compress.sharded import check_launcher
 from compress.source import Source
 
 
@@ -44,8 +45,11 @@ def preflight(recipe: Recipe, source: Source) -> Preflight:
     """Check a recipe against a model and add up what it needs; reads no weight.
 
     Raises:
-        RecipeError: a pattern matches nothing, or a stage cannot follow another.
+        RecipeError: a pattern matches nothing, a stage cannot follow another, or the launcher is
+            not one that training runs under.
     """
+    if any(isinstance(stage.compressor, TrainingCompressor) for stage in recipe.stages):
+        check_launcher()
     first, *rest = sources(recipe, source)
     check_order(recipe.stages, first.anatomy, [model.anatomy for model in rest])
     pieces: dict[str, list[Shape]] = {site.name: [site.shape] for site in first.anatomy.sites}

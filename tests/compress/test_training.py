@@ -14,6 +14,7 @@ from tiny import LLAMA, TEXT, normal
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+import compress
 from compress.anatomy import anatomize
 from compress.compressors.base import TrainingRun
 from compress.compressors.distillation.distill import Distill
@@ -309,6 +310,20 @@ def test_lora_trains_adapters_alone_and_merges_into_dense(
         "lowrank",
         "lowrank",
     ]
+
+
+@pytest.mark.parametrize("use", ["distill", "rtn"])
+def test_a_launcher_of_another_engine_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    if use == "rtn":  # it trains nothing
+        compress.apply({"stages": [{"use": use}]}, model="demo", out=tmp_path / "x", verify=False)
+        return
+    recipe = {"stages": [{"use": use}], "calibration": {"data": "demo"}}
+    with pytest.raises(RecipeError, match="DeepSpeed is not supported"):
+        compress.apply(recipe, model="demo", out=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_cross_entropy_alone_needs_no_teacher_gradient(

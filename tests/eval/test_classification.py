@@ -18,35 +18,13 @@ from torch import Tensor
 
 import compress
 from compress.errors import DataError, NotMeasurable, RecipeError
+from eval.benchmarks.classifiers import SCRIPT
 from eval.compare import paired
 from eval.harness import evaluate
 from eval.labelled import read
 from eval.metrics.embedding import spearman
 from eval.results import Result
 
-SCRIPT = """
-import datasets
-import evaluate
-
-
-class Score(evaluate.Metric):
-    def _info(self):
-        kinds = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-        return evaluate.MetricInfo(
-            description="", citation="", inputs_description="", features=datasets.Features(kinds)
-        )
-
-    def _compute(self, predictions, references, of=1):
-        pairs = list(zip(predictions, references))
-        right = sum(p == r for p, r in pairs)
-        hits = sum(p == r == of for p, r in pairs)
-        either = sum((p == of) + (r == of) for p, r in pairs)
-        first = {"accuracy": right / len(pairs)}
-        return {"f1": 2 * hits / either, **first} if NAME == "f1" else first
-
-
-NAME = "%s"
-"""
 WORDS = ("return", "import", "class")
 Rows = dict[str, Result]
 

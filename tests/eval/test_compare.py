@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import pytest
 
 from compress.errors import DataError
+from eval.benchmarks.simulations import alone, clustered, coverage, right_or_wrong, skewed
 from eval.compare import Difference, by_document, difference, paired, t_quantile
 from eval.results import Result
 
 TEXT = {"hash": "5be1c0ffee"}
+TRIALS = 1500
 
 
 def result(samples: list[float], metric: str = "nll", **more: object) -> Result:
@@ -89,47 +90,20 @@ def test_the_interval_holds_the_truth_19_times_in_20() -> None:
     assert inside / 2000 == pytest.approx(0.95, abs=0.015)
 
 
-def coverage(draw: Any, trials: int = 1500, **options: Any) -> float:
-    """How often the interval of ``difference`` holds the truth, 0."""
-    inside = 0
-    for seed in range(trials):
-        values, documents = draw(random.Random(seed))
-        ones = [1.0] * len(values)
-        found = difference("x", values, ones, documents, higher_is_better=True, **options)
-        inside += found.low <= 0 <= found.high
-    return inside / trials
-
-
-def clustered(noise: random.Random) -> tuple[list[float], list[int]]:
-    """24 documents of 1 to 8 windows that share half of the variance."""
-    values, documents = [], []
-    for document in range(24):
-        shared = noise.gauss(0, 1)
-        for _ in range(noise.randint(1, 8)):
-            values.append(shared + noise.gauss(0, 1))
-            documents.append(document)
-    return values, documents
-
-
 def test_windows_of_one_document_are_not_counted_as_independent() -> None:
-    assert coverage(clustered) == pytest.approx(0.94, abs=0.02)
-    assert coverage(lambda noise: (clustered(noise)[0], [])) < 0.80
+    assert coverage(clustered, TRIALS) == pytest.approx(0.94, abs=0.02)
+    assert coverage(alone, TRIALS) < 0.80
 
 
 def test_skewed_differences_are_covered_nearly_as_often() -> None:
-    def draw(noise: random.Random) -> tuple[list[float], list[int]]:
-        return [noise.expovariate(1) - 1 for _ in range(64)], []
-
-    assert coverage(draw) == pytest.approx(0.94, abs=0.02)
+    assert coverage(skewed, TRIALS) == pytest.approx(0.94, abs=0.02)
 
 
 @pytest.mark.parametrize(("count", "changed"), [(40, 0.05), (40, 0.4), (250, 0.04)])
 def test_scores_of_right_and_wrong_are_covered(count: int, changed: float) -> None:
-    def draw(noise: random.Random) -> tuple[list[float], list[int]]:
-        return [noise.choice((-1, 1)) * (noise.random() < changed) for _ in range(count)], []
-
-    assert coverage(draw, binary=True) >= 0.935
-    plain = coverage(draw)
+    draw = right_or_wrong(count, changed)
+    assert coverage(draw, TRIALS, binary=True) >= 0.935
+    plain = coverage(draw, TRIALS)
     assert count * changed > 2 or plain > 0.96  # intervals of length zero, which hold 0 by luck
 
 

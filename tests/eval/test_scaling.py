@@ -11,19 +11,11 @@ import torch
 
 from compress.errors import DataError, RecipeError
 from compress.sizes import parse_size
+from eval.benchmarks.simulations import ALPHA, FALL, SIZES, A, C, E, G, P, dense, losses
 from eval.scaling import budget, degradation, law
 from eval.scaling.degradation import Loss
 from eval.scaling.equivalent import count, equivalent
 from eval.scaling.robust import linear
-
-SIZES = np.array([1e5, 2e5, 4e5, 8e5, 1.5e6, 3e6, 7e6])
-E, A, ALPHA = 2.2, 40.0, 0.25
-
-
-def dense(noise: float, seed: int) -> np.ndarray:
-    """nll of ``SIZES`` by the law, times lognormal noise."""
-    scatter = np.random.default_rng(seed).standard_normal(len(SIZES))
-    return (E + A * SIZES**-ALPHA) * np.exp(noise * scatter)
 
 
 def test_huber_is_minimised_as_torch_does_it() -> None:
@@ -109,33 +101,13 @@ def test_equivalents_are_the_formula_and_stop_where_the_ladder_does() -> None:
     assert [count(N) for N in (999_900, 1_443_456, 102_624, 12)] == ["1M", "1.44M", "103k", "12"]
 
 
-C, P, FALL = 2.0, 1.5, 0.1
-
-
-def losses(
-    bits: list[float], sizes: list[int], groups: list[int], scatter: float = 0.05, seed: int = 0
-) -> list[Loss]:
-    """ΔL = e^(c − p·b − a·ln N) · group^0.2, with noise."""
-    rng = random.Random(seed)
-    made = []
-    for b in bits:
-        for N in sizes:
-            for group in groups:
-                loss = math.exp(C - P * b - FALL * math.log(N / 1e6)) * group**0.2
-                loss *= math.exp(scatter * rng.gauss(0, 1))
-                size = N / 8 * (b + 16 / group + 3)
-                name = f"rtn-{b:g}-{N}-{group}"
-                made.append(Loss(name, "rtn", "bits", b, group, N, loss, loss / 50, size))
-    return made
-
-
 def test_a_degradation_law_is_found_again_within_its_intervals() -> None:
     found = degradation.fit(losses([2, 3, 4, 5, 6], [400_000, 1_500_000, 6_000_000], [32, 128]))
     assert found.form == "exponential"
     assert found.names == ("c", "p", "g", "a")
     low, high = np.percentile(found.draws, [2.5, 97.5], axis=0)
     for value, true, floor, ceiling in zip(
-        found.coefficients[1:], (P, 0.2, FALL), low[1:], high[1:], strict=True
+        found.coefficients[1:], (P, G, FALL), low[1:], high[1:], strict=True
     ):
         assert floor <= true <= ceiling
         assert value == pytest.approx(true, abs=0.06)
@@ -224,5 +196,5 @@ def test_the_best_bits_for_a_size_of_ones_own() -> None:
     assert by_bits[4].parameters > by_bits[6].parameters > by_bits[16].parameters
     assert by_bits[4].parameters == pytest.approx(8e6 / (4 + 16 / 64 + 3), rel=0.02)
     N = by_bits[4].parameters
-    exact = E + A * N**-ALPHA + math.exp(C - 4 * P - FALL * math.log(N / 1e6)) * 64**0.2
+    exact = E + A * N**-ALPHA + math.exp(C - 4 * P - FALL * math.log(N / 1e6)) * 64**G
     assert by_bits[4].nll == pytest.approx(exact, abs=0.01)
