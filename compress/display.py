@@ -139,11 +139,18 @@ def exports_table(exporters: list[type[Exporter]], as_json: bool) -> None:
             print(json.dumps({"name": cls.name, "needs": cls.needs, "holds": cls.holds}))
         return
     names = [cls.name for cls in exporters]
-    table = Table("weights", *names, box=None, header_style="bold", pad_edge=False)
+    table = Table("weights", box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, width=max(len(name), len("expanded")))
     for kind in KINDS:
         table.add_row(kind, *(how(cls, kind) or "—" for cls in exporters))
-    table.add_row("needs", *(cls.needs for cls in exporters))
-    Console().print(table)
+    needs = Table("format", "needs", box=None, header_style="bold", pad_edge=False)
+    for cls in exporters:
+        needs.add_row(cls.name, cls.needs)
+    console = Console()
+    console.print(table)
+    console.print()
+    console.print(needs)
 
 
 def bounds(field: dict[str, Any]) -> str:
