@@ -68,8 +68,11 @@ class Difference:
             where += f" from {self.documents:,} documents"
         if self.verdict != SAME:
             return f"{self.verdict} {where}"
+        if self.mean == 0:
+            how = "equal in every one" if self.stderr == 0 else "as much gained as lost"
+            return f"{SAME} {where}: {how}"
         if self.needed is None:
-            return f"{SAME} {where}: equal in every one" if self.mean == 0 else f"{SAME} {where}"
+            return f"{SAME} {where}"
         return (
             f"{SAME} {where}; about {self.needed:,} would settle whether {self.mean:+.2g} is real"
         )

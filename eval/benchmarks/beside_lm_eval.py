@@ -71,9 +71,9 @@ def tasks(folder: Path, names: list[str], where: Path) -> None:
     for name in names:
         row = ours[f"task:{name}"]
         print(f"{folder.name}, {name}, {len(row.samples or ())} questions")
-        print(f"  ours             {row.value!r} ± {row.stderr!r}")
+        print(f"  ours               {row.value!r} ± {row.stderr!r}")
         for words, found in (("lm-eval in memory", memory), ("lm_eval command", itself)):
-            print(f"  {words:<17}{found[name]['acc,none']!r} ± {found[name]['acc_stderr,none']!r}")
+            print(f"  {words:<19}{found[name]['acc,none']!r} ± {found[name]['acc_stderr,none']!r}")
 
 
 def simple(model: Any, names: list[str], where: Path, **options: Any) -> dict[str, Any]:

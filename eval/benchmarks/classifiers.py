@@ -107,7 +107,7 @@ def stripes(count: int, seed: int) -> tuple[Tensor, list[int]]:
     down, across = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
     along = across * angle.cos() + down * angle.sin()
     waves = (along * (0.6 + 0.6 * width) + 2 * math.pi * phase).sin()
-    images = waves[:, None] + 2.0 * torch.randn(count, 3, 32, 32, generator=noise)
+    images = waves[:, None] + 5.0 * torch.randn(count, 3, 32, 32, generator=noise)
     return images, labels.tolist()
 
 

@@ -54,6 +54,13 @@ def test_identical_results_do_not_differ() -> None:
     )
 
 
+def test_changes_that_cancel_are_not_called_equal() -> None:
+    a, b = result([1.0, 0.0] + [1.0] * 30, "acc"), result([0.0, 1.0] + [1.0] * 30, "acc")
+    found = paired(a, b, higher_is_better=True)
+    assert found.low < found.mean == 0 < found.high
+    assert found.words == "no measurable difference over 32 examples: as much gained as lost"
+
+
 def test_pairing_sees_what_separate_errors_hide() -> None:
     found = paired(result(drawn(1, shift=0.02)), result(drawn(2)))
     assert found.verdict == "worse"
