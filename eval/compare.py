@@ -37,6 +37,7 @@ OWN = {"weights", "original"}  # what two setups may differ in: the checkpoints 
 BETTER, WORSE, SAME = "better", "worse", "no measurable difference"
 LEVEL = 0.95
 POWER = 0.8  # probability that a sample of the size called "needed" shows the difference
+NOTHING = 1e-6  # of a standard error: a mean that is no more is rounding
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Difference:
     """Independent units that the examples come from."""
     needed: int | None = None
     """Where no difference is measurable: how many such examples would show one as large as the
-    one seen, four times in five. None if it is measurable, or the two are equal everywhere."""
+    one seen, four times in five. None if it is measurable, or if they are equal on the whole."""
 
     @property
     def words(self) -> str:
@@ -68,11 +69,9 @@ class Difference:
             where += f" from {self.documents:,} documents"
         if self.verdict != SAME:
             return f"{self.verdict} {where}"
-        if self.mean == 0:
+        if self.needed is None:
             how = "equal in every one" if self.stderr == 0 else "as much gained as lost"
             return f"{SAME} {where}: {how}"
-        if self.needed is None:
-            return f"{SAME} {where}"
         return (
             f"{SAME} {where}; about {self.needed:,} would settle whether {self.mean:+.2g} is real"
         )
@@ -132,7 +131,7 @@ def difference(
     verdict, needed = SAME, None
     if low > 0 or high < 0:
         verdict = BETTER if (mean > 0) == higher_is_better else WORSE
-    elif mean and any(differences):
+    elif abs(mean) > NOTHING * stderr:
         normal = statistics.NormalDist()
         reach = (normal.inv_cdf((1 + LEVEL) / 2) + normal.inv_cdf(POWER)) * stderr
         needed = math.ceil(_two_digits(max(number + 1, number * (reach / mean) ** 2)))

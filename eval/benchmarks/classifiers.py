@@ -47,6 +47,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "rtn, 2 bits": {"use": "rtn", "bits": 2},
     "gptq, 2 bits": {"use": "gptq", "bits": 2},
     "magnitude, 50%": {"use": "magnitude", "sparsity": 0.5},
+    "magnitude, 80%": {"use": "magnitude", "sparsity": 0.8},
     "svd, half": {"use": "svd", "ratio": 0.5},
 }
 SCRIPT = """
