@@ -60,6 +60,8 @@ class Difference:
     needed: int | None = None
     """Where no difference is measurable: how many such examples would show one as large as the
     one seen, four times in five. None if it is measurable, or if they are equal on the whole."""
+    changed: int = 0
+    """Examples in which the two differ at all."""
 
     @property
     def words(self) -> str:
@@ -70,7 +72,7 @@ class Difference:
         if self.verdict != SAME:
             return f"{self.verdict} {where}"
         if self.needed is None:
-            how = "equal in every one" if self.stderr == 0 else "as much gained as lost"
+            how = "as much gained as lost" if self.changed else "equal in every one"
             return f"{SAME} {where}: {how}"
         return (
             f"{SAME} {where}; about {self.needed:,} would settle whether {self.mean:+.2g} is real"
@@ -135,7 +137,8 @@ def difference(
         normal = statistics.NormalDist()
         reach = (normal.inv_cdf((1 + LEVEL) / 2) + normal.inv_cdf(POWER)) * stderr
         needed = math.ceil(_two_digits(max(number + 1, number * (reach / mean) ** 2)))
-    return Difference(metric, mean, stderr, low, high, number, verdict, len(units), needed)
+    changed = sum(map(bool, differences))
+    return Difference(metric, mean, stderr, low, high, number, verdict, len(units), needed, changed)
 
 
 def is_higher_better(result: Result) -> bool:

@@ -59,6 +59,7 @@ def test_changes_that_cancel_are_not_called_equal() -> None:
     found = paired(a, b, higher_is_better=True)
     assert found.low < found.mean == 0 < found.high
     assert found.words == "no measurable difference over 32 examples: as much gained as lost"
+    assert paired(a, a).words == "no measurable difference over 32 examples: equal in every one"
     a, b = result([1.0 + 1e-16, 0.3, *drawn(1)]), result([0.3, 1.0, *drawn(1)])
     b.samples[0] -= 1e-15  # rounding, as of pseudo-values, is no difference either
     assert paired(a, b).needed is None
