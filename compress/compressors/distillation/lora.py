@@ -24,6 +24,7 @@ class LoRA(Recovery):
 
     layouts: ClassVar = frozenset({"linear", "conv1d"})
 
+    learning_rate: float | None = Field(1e-3, gt=0, description="highest learning rate")
     rank: int = Field(16, ge=1, description="rank of every update")
     alpha: float = Field(32.0, gt=0, description="scale of the update, divided by the rank")
 

@@ -27,6 +27,8 @@ from compress.errors import ModelError
 from compress.objective import Examples, examples, family
 from compress.training import Precision, Schedule, Trainer
 
+RATE, WIDTH = 1e-3, 128  # a learning rate, and the hidden width at which it did well
+
 
 class Recovery(TrainingCompressor):
     """loss = kl_share · T²·D(teacher_T, student_T) + (1 − kl_share) · cross-entropy + features.
@@ -39,7 +41,9 @@ class Recovery(TrainingCompressor):
     headline: ClassVar = ("steps",)
 
     steps: int = Field(300, ge=1, description="optimizer steps")
-    learning_rate: float = Field(1e-3, gt=0, description="highest learning rate")
+    learning_rate: float | None = Field(
+        None, gt=0, description="highest learning rate; if none is said 0.128 / the model's width"
+    )
     batch: int = Field(8, ge=1, description="windows a step, of all processes together")
     length: int = Field(256, ge=8, description="tokens in a window")
     samples: int = Field(1024, ge=2, description="windows of text; an eighth is held out")
@@ -96,6 +100,13 @@ class Recovery(TrainingCompressor):
         """What else the record says of the trained student."""
         return {}
 
+    def rate(self, model: Any) -> float:
+        """The highest learning rate: a wider model needs a lower one (μP, arXiv 2203.03466)."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        width = getattr(model.config.get_text_config(), "hidden_size", None) or WIDTH
+        return RATE * WIDTH / width
+
     def tokens(self) -> tuple[int, int]:
         return self.samples, self.length
 
@@ -139,7 +150,7 @@ class Recovery(TrainingCompressor):
             objective,
             Schedule(
                 self.steps,
-                self.learning_rate,
+                self.rate(run.student),
                 self.batch,
                 self.accumulate,
                 self.warmup,
@@ -157,7 +168,7 @@ class Recovery(TrainingCompressor):
         windows = torch.arange(len(text))
         summary = trainer.fit(windows[: -run.held], windows[-run.held :])
         trainer.release()
-        summary |= self.told(run)
+        summary |= {"learning_rate": self.rate(run.student)} | self.told(run)
         return summary
 
     def _teacher(self, run: TrainingRun, text: Examples) -> tuple[Teacher, Features | None]:
