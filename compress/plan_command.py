@@ -34,7 +34,10 @@ def plan(
     model: Model = "demo",
     data: Data = None,
     families: Annotated[
-        str, typer.Option(help="What to choose from: quantization, low-rank, pruning.")
+        str,
+        typer.Option(
+            help="What to choose from: quantization, low-rank, pruning, residual, depth, width."
+        ),
     ] = "quantization",
     targets: Annotated[str, typer.Option(help="Which weights, as in a recipe.")] = "all",
     format: Annotated[
@@ -58,8 +61,6 @@ def plan(
     from compress import recipe as recipe_files
     from compress.planning import goals
     from compress.planning.cache import cache_folder
-    from compress.planning.menus import methods_of
-    from compress.planning.planner import Planner
     from compress.source import Source
 
     if sum(given is not None for given in (size, keep, frontier)) != 1:
@@ -71,9 +72,9 @@ def plan(
     source = Source(recipe.model, untie=recipe.untie)
     budget = parse_size(size, source.nbytes) if size else 0
     share = parse_share(keep) if keep else 0.0
-    planner = Planner(
-        recipe, source, recipe.stages[0], methods=methods_of(names(families)),
-        cache=cache_folder(), plain=format != "any", speed=speed,
+    planner = goals.planner_of(
+        recipe, source, recipe.stages[0], names(families), cache_folder(),
+        plain=format != "any", speed=speed,
     )  # fmt: skip
     silent = quiet or as_json
     follow(planner.work(), "plan", silent)

@@ -191,12 +191,9 @@ class Adapter:
 
     def add(self, name: str, terms: list[Weight], layout: str) -> None:
         """Add the low-rank terms of one site, side by side as one."""
-        B = torch.cat([term.left.dense() for term in terms], dim=1)  # type: ignore[attr-defined]
-        A = torch.cat([term.right.dense() for term in terms], dim=0)  # type: ignore[attr-defined]
-        start = f"base_model.model.{name}"
-        self.tensors[f"{start}.lora_A.weight"] = A.to(terms[0].dtype)
-        self.tensors[f"{start}.lora_B.weight"] = B.to(terms[0].dtype)
-        self.ranks[name] = len(A)
+        added = adapter_tensors(name, terms)
+        self.tensors |= added
+        self.ranks[name] = len(next(iter(added.values())))
         self.transposed |= layout == "conv1d"
 
     def close(self, base: str) -> None:
@@ -221,6 +218,14 @@ class Adapter:
             "task_type": None,
         }
         (self.folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def adapter_tensors(name: str, terms: list[Weight]) -> dict[str, Tensor]:
+    """A [rank, in] and B [out, rank] of one site's low-rank terms side by side, by PEFT's names."""
+    B = torch.cat([term.left.dense() for term in terms], dim=1)  # type: ignore[attr-defined]
+    A = torch.cat([term.right.dense() for term in terms], dim=0)  # type: ignore[attr-defined]
+    start, dtype = f"base_model.model.{name}.lora", terms[0].dtype
+    return {f"{start}_A.weight": A.to(dtype), f"{start}_B.weight": B.to(dtype)}
 
 
 def copy_companions(source: Path, target: Path) -> None:

@@ -21,8 +21,8 @@ class Budget(BaseModel):
     size: str = Field(description="of the whole weight file: 30% of the original's, or 300MB")
     families: list[str] = Field(
         default_factory=list,
-        description="methods to choose from: quantization, low-rank, pruning; the stage's own, "
-        "unless given",
+        description="methods to choose from: quantization, low-rank, pruning, residual; the "
+        "stage's own, unless given; and depth and width, which come before",
     )
 
     @field_validator("size")

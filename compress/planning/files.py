@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from compress.anatomy import Site
 from compress.formats import Format
@@ -13,7 +14,8 @@ from compress.planning.menus import Menu
 from compress.planning.options import Option, Settings
 from compress.source import Source
 from compress.store import file_size
-from compress.weights import Dense, Weight
+from compress.weights import Dense, Sum, Weight
+from compress.writer import adapter_tensors
 
 
 class Files:
@@ -37,11 +39,16 @@ class Files:
         return choose_format(source.anatomy, specs, source.model_class, source.config, self.storage)
 
     def size(self, settings: Settings) -> int:
-        """Bytes of the weight file."""
+        """Bytes of the weight file, and of an adapter beside it."""
         how, tensors = self.format(settings), dict(self.others)
+        beside: dict[str, Tensor] = {}
         for name, site in self.sites.items():
-            tensors |= how.tensors(site, self._weight(name, settings))
-        return file_size(tensors)
+            weight = self._weight(name, settings)
+            if isinstance(weight, Sum) and not how.holds_sums:
+                weight, *rest = weight.terms
+                beside |= adapter_tensors(name, rest)
+            tensors |= how.tensors(site, weight)
+        return file_size(tensors) + (file_size(beside) if beside else 0)
 
     def bytes(self, site: Site, option: Option) -> int:
         """Of one matrix."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from compress.compressors.budget import Budget
@@ -13,6 +13,8 @@ from compress.planning.cache import cache_folder
 from compress.planning.menus import methods_of
 from compress.planning.plan import Plan
 from compress.planning.planner import Planner
+from compress.planning.shaped import ShapedPlanner
+from compress.planning.shapes import AMOUNTS, Shape
 from compress.recipe import Recipe, Stage
 from compress.sizes import parse_size
 from compress.source import Source
@@ -25,13 +27,41 @@ def plan(
     recipe: Recipe, source: Source, stage: Stage, budget: Budget, cache: Path | None = None
 ) -> Generator[Event, None, Plan]:
     """The settings of least cost for a file of that size; nothing is measured."""
-    methods = methods_of(budget.families)
-    planner = Planner(recipe, source, stage, methods=methods, cache=cache)
+    planner = planner_of(recipe, source, stage, budget.families, cache)
     yield from planner.look()
     return planner.fit(parse_size(budget.size, source.nbytes))
 
 
-def keep(planner: Planner, share: float) -> Generator[Event, None, tuple[Plan, Plan | None]]:
+def planner_of(
+    recipe: Recipe,
+    source: Source,
+    stage: Stage,
+    families: Sequence[str],
+    cache: Path | None = None,
+    *,
+    plain: bool = False,
+    speed: bool = False,
+) -> Planner | ShapedPlanner:
+    """What plans with these families: shapes too, if depth or width is among them.
+
+    Raises:
+        RecipeError, DataError, ModelError: see ``Planner`` and ``ShapedPlanner``.
+    """
+    uses = [family for family in families if family in AMOUNTS]
+    methods = methods_of([family for family in families if family not in AMOUNTS])
+
+    def make(shape: Shape | None = None) -> Planner:
+        return Planner(
+            recipe, source, stage, methods=methods, cache=cache, plain=plain, speed=speed,
+            shape=shape,
+        )  # fmt: skip
+
+    return ShapedPlanner(make, uses) if uses else make()
+
+
+def keep(
+    planner: Planner | ShapedPlanner, share: float
+) -> Generator[Event, None, tuple[Plan, Plan | None]]:
     """The smallest plan, in steps of 1% of the bytes, with measured exp(−KL) ≥ ``share``.
 
     Perplexity then rises by about 1/share at most. Also returns the plan one step smaller, which
@@ -63,7 +93,7 @@ def keep(planner: Planner, share: float) -> Generator[Event, None, tuple[Plan, P
     return found[meets], found.get(fails)
 
 
-def _expected(planner: Planner, size: float) -> float:
+def _expected(planner: Planner | ShapedPlanner, size: float) -> float:
     predicted = planner.fit(int(size)).predicted
     return predicted[0] if predicted else math.inf
 

@@ -14,10 +14,11 @@ from compress.checkpoint import load_tokenizer
 from compress.compressors.distillation.losses import forward_kl, log_probabilities
 from compress.layerwise import solve
 from compress.objective import IGNORED, Examples, examples
+from compress.planning.shapes import Shape
 from compress.recipe import Recipe
 from compress.sensitivity import Sensitivity
 from compress.source import Original, Source
-from compress.store import Store
+from compress.store import Blocks, Store
 
 HELD = 32  # windows of calibration text, behind those that a recipe reads
 FEWEST = 4
@@ -35,22 +36,32 @@ def held_out(recipe: Recipe, source: Source) -> Examples | None:
 
 def measure(
     recipe: Recipe,
-    source: Source,
+    shape: Shape,
     held: Examples,
     known: dict[str, Sensitivity] | None = None,
 ) -> tuple[float, float]:
-    """KL(original ‖ compressed) in nats a token after the recipe's first stage, and its error.
+    """KL(original ‖ compressed) in nats a token after the recipe's last stage, and its error.
 
-    The stage is applied as ``compress apply`` does, with the loss's gradients as far as they are
-    ``known``. Both models are in memory, as float32.
+    Those before it made ``shape``. The stage is applied as ``compress apply`` does, with the loss's
+    gradients as far as they are ``known``. Both models are in memory, as float32.
     """
-    torch.manual_seed(recipe.seed * 1000)
+    number = len(shape.stages)
+    torch.manual_seed(recipe.seed * 1000 + number)
     with tempfile.TemporaryDirectory() as folder:
-        store = Store(Path(folder) / "stage-0")
-        for _ in solve(0, recipe.stages[0], recipe, source, Original(source), store, known):
+        store = Store(Path(folder) / f"stage-{number}")
+        events = solve(
+            number, recipe.stages[number], recipe, shape.source, shape.blocks, store, known
+        )
+        for _ in events:
             pass
-        small = assemble(source, store, torch.float32)
-    original = assemble(source, Original(source), torch.float32)
+        return divergence(shape.source, store, held)
+
+
+def divergence(source: Source, blocks: Blocks, held: Examples) -> tuple[float, float]:
+    """KL(original ‖ model) in nats a token, of a model in blocks, and its error."""
+    small = assemble(source, blocks, torch.float32)
+    whole = source.original
+    original = assemble(whole, Original(whole), torch.float32)
     assert held.targets is not None
     windows: list[Tensor] = []
     with torch.no_grad():

@@ -18,14 +18,16 @@ from torch import Tensor
 from compress import registry
 from compress.anatomy import Site
 from compress.compressors.base import CalibratedCompressor
+from compress.compressors.lowrank.gptq_residual import GPTQResidual
 from compress.compressors.lowrank.svd import SVD
 from compress.compressors.quantization.bits import WIDTHS, cost
 from compress.compressors.quantization.ecgptq import ECGPTQ
+from compress.compressors.quantization.packed import PackedIntegers
 from compress.errors import RecipeError
 from compress.planning.cache import digest
 from compress.planning.options import Option
 from compress.problem import LayerProblem
-from compress.weights import Coded, Dense, LowRank, Quantized, Sparse, Weight
+from compress.weights import Coded, Dense, LowRank, Quantized, Sparse, Sum, Weight
 from compress.weights.base import spec_of
 from compress.weights.quantized import scale_dtype
 
@@ -35,7 +37,13 @@ Costs: TypeAlias = Mapping[str, float]  # what was tried, by its option's label
 GROUPS: tuple[Group, ...] = (32, 64, 128, "channel")
 REFERENCE = 64  # the group in which every number of bits is tried
 TRIED = (2, 4)  # bits at which every group is tried; between and beyond, its factor is inferred
-FAMILIES = {"quantization": ("gptq", "ecgptq"), "low-rank": ("svd",), "pruning": ("admm",)}
+RATIOS = (1 / 64, 1 / 32, 1 / 16)  # of a correction: ¼, ½ and 1 bit a weight
+FAMILIES = {
+    "quantization": ("gptq", "ecgptq"),
+    "low-rank": ("svd",),
+    "pruning": ("admm",),
+    "residual": ("gptq_residual",),
+}
 
 
 class Menu(ABC):
@@ -66,7 +74,13 @@ class Menu(ABC):
 
     def costs(self, problem: LayerProblem, site: Site) -> dict[str, float]:
         """What each of the knots costs, tried, by its label."""
-        return {o.label: cost(problem, self.of(o).compress(problem)) for o in self.knots(site)}
+        return {o.label: cost(problem, self.quick(o).compress(problem)) for o in self.knots(site)}
+
+    def quick(self, option: Option) -> CalibratedCompressor:
+        """The compressor without polish, which lowers all costs alike."""
+        made = self.of(option)
+        polishes = "polish" in type(made).model_fields
+        return made.model_copy(update={"polish": 0}) if polishes else made
 
 
 class Grids(Menu):
@@ -102,26 +116,31 @@ class Grids(Menu):
                 factor = math.exp(ends[0] + way * (ends[1] - ends[0]))
                 yield grid(bits, group), costs[grid(bits, base).label] * factor
 
-    def costs(self, problem: LayerProblem, site: Site) -> dict[str, float]:
-        """Without polish, which lowers all alike."""
-        rough = Grids(self.solver.model_copy(update={"polish": 0}))
-        rough.dividing = self.dividing
-        return super(Grids, rough).costs(problem, site)
-
     def weight(self, site: Site, option: Option) -> Quantized:
-        rows, columns = site.shape
-        bits, wide = option.fields["bits"], option.fields["group"]
-        group = columns if wide == "channel" else min(wide, columns)
-        scales = torch.zeros(rows, -(-columns // group))
-        packed = Quantized.pack(
-            torch.zeros(rows, columns, dtype=torch.uint8),
-            scales.to(scale_dtype(site.dtype)),
-            None if getattr(self.solver, "symmetric", True) else scales,
-            bits=bits,
-            group=group,
-            dtype=site.dtype,
-        )
-        return Quantized(packed.spec, {k: t.to("meta") for k, t in packed.tensors.items()})
+        return packed(self.of(option), site)
+
+
+class Corrected(Menu):
+    """gptq_residual: bits in groups of 64 × numbers of the factors; all are tried."""
+
+    axes = frozenset({"bits", "ratio"})
+
+    def knots(self, site: Site) -> list[Option]:
+        if site.layout not in self.solver.layouts:
+            return []
+        use = self.solver.name
+        return [Option.of(use, bits=bits, ratio=ratio) for bits in (2, 3, 4) for ratio in RATIOS]
+
+    def options(self, site: Site, costs: Costs) -> Iterator[tuple[Option, float]]:
+        for option in self.knots(site):
+            yield option, costs[option.label]
+
+    def weight(self, site: Site, option: Option) -> Sum:
+        solver, (rows, columns) = self.of(option), site.shape
+        assert isinstance(solver, GPTQResidual)
+        rank = solver.rank_of(site.shape)
+        left, right = (torch.empty(n, device="meta") for n in ((rows, rank), (rank, columns)))
+        return Sum.of(packed(solver, site), LowRank.of(left, right, site.dtype))
 
 
 class Line(Menu):
@@ -218,7 +237,9 @@ class Zeros(Line):
         return Sparse(spec, tensors)
 
 
-MENUS: dict[str, type[Menu]] = {"gptq": Grids, "ecgptq": Codes, "svd": Ranks, "admm": Zeros}
+MENUS: dict[str, type[Menu]] = {
+    "gptq": Grids, "ecgptq": Codes, "svd": Ranks, "admm": Zeros, "gptq_residual": Corrected,
+}  # fmt: skip
 # What their options do not set. No share is given out: a plan says what each site gets.
 PLAIN: dict[str, dict[str, Any]] = {"svd": {"ranks": "uniform"}, "admm": {"allocation": "uniform"}}
 
@@ -231,7 +252,8 @@ def methods_of(families: Iterable[str]) -> list[str]:
     """
     for family in families:
         if family not in FAMILIES:
-            raise RecipeError(f"families: {family}: choose among {', '.join(FAMILIES)}")
+            known = ", ".join((*FAMILIES, "depth", "width"))
+            raise RecipeError(f"families: {family}: choose among {known}")
     return [method for family in families for method in FAMILIES[family]]
 
 
@@ -261,6 +283,24 @@ def fast(option: Option) -> bool:
     if option.use == "gptq":
         return known["bits"] <= 4 or (known["bits"], known["group"]) == (8, "channel")
     return option.use == "svd"
+
+
+def packed(solver: CalibratedCompressor, site: Site) -> Quantized:
+    """A weight of the size that a method with these bits and group packs, on the meta device."""
+    assert isinstance(solver, PackedIntegers)
+    assert isinstance(solver.bits, int)
+    rows, columns = site.shape
+    group = columns if solver.group == "channel" else min(solver.group, columns)
+    scales = torch.zeros(rows, -(-columns // group))
+    made = Quantized.pack(
+        torch.zeros(rows, columns, dtype=torch.uint8),
+        scales.to(scale_dtype(site.dtype)),
+        None if solver.symmetric else scales,
+        bits=solver.bits,
+        group=group,
+        dtype=site.dtype,
+    )
+    return Quantized(made.spec, {k: t.to("meta") for k, t in made.tensors.items()})
 
 
 def grid(bits: int, group: Group) -> Option:

@@ -33,6 +33,8 @@ class Option:
         known = self.fields
         if "group" in known:
             return f"{known['bits']}/{'row' if known['group'] == 'channel' else known['group']}"
+        if "bits" in known and "ratio" in known:
+            return f"{known['bits']}+{known['ratio']:.1%}"
         if "bits" in known:
             return f"{known['bits']:g}"
         if "ratio" in known:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from compress.compressors.base import StructureCompressor
 from compress.planning.options import Option
 from compress.recipe import Recipe
 
@@ -19,8 +20,8 @@ class Plan:
     settings  the option of every matrix that the stage takes, by name
     bytes     of the weight file that it makes, exactly; with entropy-coded integers at most
     budget    bytes that were given
-    cost      Σ ½ tr(F D H Dᵀ) of the trials, nats a token
-    gap       share of ``cost`` by which the best choice may be better, at most (Lagrange's bound)
+    cost      Σ ½ tr(F D H Dᵀ) of the trials, nats a token; and the KL of another shape before it
+    gap       share of Σ by which the best choice may be better, at most (Lagrange's bound)
     predicted KL to the original in nats a token, and the ends of its 95% interval, if measured
     next      what 1% more of the original's bytes is predicted to take off the KL
     measured  KL and its standard error once applied, on calibration text that was not read
@@ -37,6 +38,17 @@ class Plan:
     next: float | None = None
     measured: tuple[float, float] | None = None
 
+    @property
+    def expected(self) -> float:
+        """KL in nats a token as far as it is known: measured, predicted, or by costs alone."""
+        return (self.measured or self.predicted or (self.cost,))[0]
+
+    @property
+    def shape(self) -> str:
+        """What is done to the model's shape; nothing if that stays."""
+        made = (stage.compressor for stage in self.recipe.stages)
+        return " → ".join(c.summary() for c in made if isinstance(c, StructureCompressor))
+
     def lines(self, original: int) -> list[str]:
         """What there is to say of it; ``original`` is the bytes of the model's own file."""
         said = [
@@ -44,6 +56,8 @@ class Plan:
             f"{1 - self.bytes / self.budget:.2%} below the size; held by: {self.format}",
             f"options   {self.gap:.2%} above the least possible sum of costs, at most",
         ]
+        if self.shape:
+            said.append(f"shape     {self.shape}, before all else")
         if self.predicted:
             kl, low, high = self.predicted
             said.append(
@@ -70,6 +84,7 @@ class Plan:
             "cost": self.cost,
             "gap": self.gap,
             "format": self.format,
+            "shape": self.shape,
             "predicted": self.predicted,
             "next": self.next,
             "measured": self.measured,

@@ -33,10 +33,11 @@ from compress.planning.measure import held_out, measure
 from compress.planning.menus import REFERENCE, Grids, Menu, fast, menus_of
 from compress.planning.options import Choices, Option, Settings
 from compress.planning.plan import Plan
+from compress.planning.shapes import Shape
 from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
 from compress.sensitivity import Sensitivity
-from compress.source import Original, Source
+from compress.source import Source
 from compress.store import Store
 from compress.writer import versions
 
@@ -50,7 +51,8 @@ class Planner:
 
     ``methods`` are those that sites may get, that of the stage alone unless given. ``plain`` keeps
     to what compressed-tensors holds: grids, no packed tables, groups that divide widths. ``speed``
-    keeps to what the packed runtime computes faster than the matrix as it is.
+    keeps to what the packed runtime computes faster than the matrix as it is. ``shape`` is the
+    model that the stage finds, if that is not the original.
 
     Raises:
         ModelError: the model predicts no tokens. DataError: there is no text. RecipeError: a
@@ -67,7 +69,10 @@ class Planner:
         cache: Path | None = None,
         plain: bool = False,
         speed: bool = False,
+        shape: Shape | None = None,
     ) -> None:
+        self.shape = shape or Shape.whole(source)
+        source = self.shape.source
         own = stage.compressor if isinstance(stage.compressor, CalibratedCompressor) else None
         methods = [m for m in methods or [stage.use] if m == "gptq" or not plain]
         self.menus = menus_of(methods, own)
@@ -82,7 +87,7 @@ class Planner:
             raise ModelError(f"{name} predicts no tokens, so nothing tells what an error costs")
         if "admm" in self.menus:  # zeros save bytes where the file holds masks
             recipe = recipe.model_copy(update={"storage": "compact"})
-        self.recipe = recipe.model_copy(update={"stages": [stage]})
+        self.recipe = recipe.model_copy(update={"stages": [*self.shape.stages, stage]})
         check_text(self.recipe, source)
         self.source, self.stage, self.speed = source, stage, speed
         for menu in self.menus.values():
@@ -102,7 +107,7 @@ class Planner:
         wanted = recipe.calibration
         read = text(recipe, source, wanted.samples, wanted.length)
         key = [source.hash, read.hash, recipe.seed, recipe.untie, versions()]
-        self.cache = Cache(cache, key)
+        self.cache = Cache(cache, key + [one.dump() for one in self.shape.stages])
 
     @property
     def least(self) -> int:
@@ -130,9 +135,13 @@ class Planner:
         yield from self.calibrate()
 
     def frontier(self, count: int) -> list[Plan]:
-        """The best for ``count`` sizes, evenly from the least that is of use up to ``most``."""
+        """The best for ``count`` sizes."""
+        return [self.fit(size) for size in self.sizes(count)]
+
+    def sizes(self, count: int) -> list[int]:
+        """``count`` of them, evenly from the least that is of use up to ``most``."""
         most, least = self.most, self.useful()
-        return [self.fit(least + (most - least) * n // (count - 1)) for n in range(count)]
+        return [least + (most - least) * n // (count - 1) for n in range(count)]
 
     def look(self) -> Iterator[Event]:
         """Cost of every option of every matrix, in one backward pass over the text and one more.
@@ -196,23 +205,30 @@ class Planner:
             settings,
             self.files.size(settings),
             budget,
-            cost,
+            self.shape.kl + cost,
             gap,
             self.files.format(settings).name,
         )
         if self.law is None or cost > self.law.most:
             return made
         more = self._cost(self._fitting(self.choices, budget + self.source.nbytes // 100))
-        predicted = self.law.predict(cost)
-        return replace(made, predicted=predicted, next=predicted[0] - self.law.predict(more)[0])
+        kl, low, high = self.law.predict(cost)
+        floor = self.shape.kl
+        return replace(
+            made,
+            predicted=(floor + kl, floor + low, floor + high),
+            next=kl - self.law.predict(more)[0],
+        )
 
     def measure(self, made: Plan) -> tuple[float, float]:
         """KL and its standard error of a plan that is really applied."""
         assert self.held is not None
-        key = digest(made.recipe.stages[0].dump())
+        if not any(option.use for option in made.settings.values()):
+            return self.shape.kl, 0.0
+        key = digest(made.recipe.stages[-1].dump())
         if key not in self.cache.measured:
             known = self.sensitivities if self._reads_gradients(made) else None
-            found = measure(made.recipe, self.source, self.held, known)
+            found = measure(made.recipe, self.shape, self.held, known)
             self.cache.measured[key] = list(found)
             self.cache.keep()
         value, error = self.cache.measured[key]
@@ -269,7 +285,7 @@ class Planner:
         return sum(int(c.sizes[i]) for c, i in self._index(settings))
 
     def _recipe(self, settings: Settings) -> Recipe:
-        """One stage: an override for each matrix, and what is left alone skipped."""
+        """What makes the shape; then an override for each matrix, what is left alone skipped."""
         made = {n: self.menus[o.use].of(o) for n, o in settings.items() if o.use}
         taken = self.stage.sites(self.source.anatomy)
         changes = {
@@ -278,7 +294,10 @@ class Planner:
             "skip": [*self.stage.skip, *(site.name for site in taken if site.name not in made)],
             "budget": None,
         }
-        return self.recipe.model_copy(update={"stages": [self.stage.model_copy(update=changes)]})
+        stages = [*self.shape.stages, self.stage.model_copy(update=changes)]
+        if not made and self.shape.stages:  # small enough as it is
+            stages.pop()
+        return self.recipe.model_copy(update={"stages": stages})
 
     def _main(self, settings: Settings) -> CalibratedCompressor:
         """The method of most matrices."""
@@ -293,8 +312,7 @@ class Planner:
     @cached_property
     def sensitivities(self) -> dict[str, Sensitivity]:
         """What the loss's gradients say of every site in the model as it is."""
-        whole = Original(self.source)
-        return measured_sensitivities(self._looking, self.recipe, self.source, whole)
+        return measured_sensitivities(self._looking, self.recipe, self.source, self.shape.blocks)
 
     @property
     def _looking(self) -> Stage:
@@ -305,7 +323,7 @@ class Planner:
 
     def _problems(self) -> Iterator[LayerProblem]:
         with tempfile.TemporaryDirectory() as folder:
-            at, store = Original(self.source), Store(Path(folder))
+            at, store = self.shape.blocks, Store(Path(folder))
             yield from problems(
                 self._looking, self.recipe, self.source, at, store, self.sensitivities
             )

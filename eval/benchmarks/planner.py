@@ -1,6 +1,7 @@
 """The planner against its promises: bytes, predictions, and uniform recipes of no more bytes.
 
     python -m eval.benchmarks.planner bytes coverage uniform keep
+    python -m eval.benchmarks.planner shapes --families quantization,depth,width
     python -m eval.benchmarks.planner growth
 
 Choices are made on calibration text; ``uniform`` and ``keep`` are measured on evaluation text.
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,15 @@ import transformers
 from compress import recipe as recipes
 from compress import run as runs
 from compress.planning.cache import cache_folder
-from compress.planning.goals import keep
-from compress.planning.menus import FAMILIES, GROUPS, methods_of
+from compress.planning.goals import keep, planner_of
+from compress.planning.menus import FAMILIES, GROUPS
 from compress.planning.plan import Plan
 from compress.planning.planner import Planner
+from compress.planning.shaped import ShapedPlanner
 from compress.recipe import Recipe
 from compress.source import DEMO, Source
 from eval.harness import Notice, Progress, evaluate
 
-PARTS = ("bytes", "coverage", "uniform", "keep")
 WIDTHS = (128, 256, 512)  # of the random Llamas of six blocks whose frontiers are timed
 SIZES = (50, 35, 25, 18, 12)  # percent of the original's bytes
 RATES = (1.85, 2.8, 3.9, 5.5, 6)  # bits of uniform ecgptq: what just fits into SIZES on the demo
@@ -60,24 +61,22 @@ def main() -> None:
         "calibration": {"data": asked.data},
         "stages": [{"use": "gptq", "targets": ["all"]}],
     })  # fmt: skip
-    methods = methods_of(asked.families.split(","))
-    planner = Planner(
-        recipe, Source(recipe.model), recipe.stages[0], methods=methods, cache=cache_folder()
-    )
+    families = asked.families.split(",")
+    planner = planner_of(recipe, Source(recipe.model), recipe.stages[0], families, cache_folder())
     for _ in planner.work():
         pass
     for part in asked.parts:
         if part in PARTS:
             print(f"\n{part}, {asked.model}, seed {asked.seed}", flush=True)
-            {"bytes": count, "coverage": cover, "uniform": compare, "keep": keeps}[part](planner)
+            PARTS[part](planner)
 
 
-def sizes(planner: Planner, count: int, least: int, most: float) -> list[int]:
+def sizes(planner: Planner | ShapedPlanner, count: int, least: int, most: float) -> list[int]:
     draw = random.Random(planner.recipe.seed)
     return [int(draw.uniform(least, most * planner.source.nbytes)) for _ in range(count)]
 
 
-def count(planner: Planner) -> None:
+def count(planner: Planner | ShapedPlanner) -> None:
     """Fifty sizes beside the files that are planned; five of them written."""
     plans = [planner.fit(size) for size in sizes(planner, 50, planner.least, 0.95)]
     gaps = [1 - plan.bytes / plan.budget for plan in plans]
@@ -89,7 +88,7 @@ def count(planner: Planner) -> None:
         print(f"budget {plan.budget:,}  planned {plan.bytes:,}  on disk {info['bytes']['disk']:,}")
 
 
-def cover(planner: Planner) -> None:
+def cover(planner: Planner | ShapedPlanner) -> None:
     """Twenty random sizes: whether the measured KL lies within the predicted interval."""
     inside = 0
     for size in sizes(planner, 20, planner.useful(), 0.5):
@@ -104,7 +103,7 @@ def cover(planner: Planner) -> None:
     print(f"{inside} of 20 within")
 
 
-def compare(planner: Planner) -> None:
+def compare(planner: Planner | ShapedPlanner) -> None:
     """The plan and the best uniform recipe of no more bytes: nll and KL on evaluation text."""
     print("size     plan: bytes  nll − original  KL     best uniform: bytes  nll − original  KL")
     whole = planner.source.nbytes
@@ -127,6 +126,28 @@ def compare(planner: Planner) -> None:
               f"{name} {best['bytes']:,}  {best['nll']:+.4f}  {best['kl']:.4f}  "
               f"ratio {plan['nll'] / best['nll']:.2f} (KL {plan['kl'] / best['kl']:.2f})",
               flush=True)  # fmt: skip
+
+
+def shapes(planner: ShapedPlanner) -> None:
+    """For each size what every shape is expected to cost; the best two measured.
+
+    Depth or width has to be among the families.
+    """
+    for one in planner.planners:
+        name = " ".join(stage.compressor.summary() for stage in one.shape.stages)
+        print(f"{name or 'as it is'}: KL {one.shape.kl:.4f}, least {one.least:,} bytes")
+    for percent in (*SIZES, 8):
+        size = percent * planner.source.nbytes // 100
+        if size < planner.least:
+            print(f"{percent}%: below the least plan")
+            continue
+        plans = sorted(planner.fits(size), key=lambda plan: plan.expected)
+        for place, plan in enumerate(plans):
+            said = f"{percent}%  {plan.shape or 'as it is'}  expected {plan.expected:.4f}"
+            if place < 2 or not plan.shape:
+                kl, error = planner.measured(plan).measured or (0.0, 0.0)
+                said += f"  measured {kl:.4f} ± {error:.4f}"
+            print(said, flush=True)
 
 
 def uniform() -> Iterator[tuple[str, dict[str, Any]]]:
@@ -173,7 +194,7 @@ def grow() -> None:
                   flush=True)  # fmt: skip
 
 
-def keeps(planner: Planner) -> None:
+def keeps(planner: Planner | ShapedPlanner) -> None:
     """99% kept: the plan and the one a step smaller, on evaluation text."""
     events = keep(planner, 0.99)
     found: tuple[Plan, Plan | None] | None = None
@@ -201,6 +222,10 @@ def measured(recipe: Recipe) -> dict[str, Any]:
     kl = [line["value"] for line in lines if line["metric"] == "kl"]
     return {"bytes": info["bytes"]["disk"], "nll": nll[-1] - nll[0], "kl": kl[-1]}
 
+
+PARTS: dict[str, Callable[[Any], None]] = {
+    "bytes": count, "coverage": cover, "uniform": compare, "keep": keeps, "shapes": shapes,
+}  # fmt: skip
 
 if __name__ == "__main__":
     main()

@@ -26,6 +26,7 @@ from compress.planning.measure import held_out, measure
 from compress.planning.menus import between, fast, menus_of, methods_of
 from compress.planning.plan import Plan
 from compress.planning.planner import Planner
+from compress.planning.shapes import Shape
 from compress.problem import LayerProblem, Table
 from compress.recipe import Recipe
 from compress.sizes import parse_share, parse_size
@@ -293,10 +294,11 @@ def test_the_least_size_that_keeps_the_quality(planner: Planner) -> None:
 def test_what_is_measured_is_what_apply_makes(text: str) -> None:
     """8 bits of everything change next to nothing; 2 bits a lot; text that is read is not used."""
     recipe = recipe_of(text, bits=8, targets=["down_proj"])
-    held = held_out(recipe, Source("demo"))
+    whole = Shape.whole(Source("demo"))
+    held = held_out(recipe, whole.source)
     assert held is not None
-    good, _ = measure(recipe, Source("demo"), held)
-    bad, _ = measure(recipe_of(text, bits=2, targets=["down_proj"]), Source("demo"), held)
+    good, _ = measure(recipe, whole, held)
+    bad, _ = measure(recipe_of(text, bits=2, targets=["down_proj"]), whole, held)
     assert 0 < good < 0.001 < bad
 
 

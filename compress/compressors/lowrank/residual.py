@@ -43,11 +43,12 @@ class Residual(Truncation):
         T, H, F = self.sees(problem)
         lost = T.double() - problem.weight.dense().double()
         _, P, Q = projections(lost, H, F)
-        rank = self._rank(problem.weight.shape)
+        rank = self.rank_of(problem.weight.shape)
         added = LowRank.balanced(P[:, :rank], Q[:, :rank].T @ lost, problem.dtype)
         return Sum.of(problem.weight, added)
 
-    def _rank(self, shape: Shape) -> int:
+    def rank_of(self, shape: Shape) -> int:
+        """Of the correction of a matrix of this shape."""
         rows, columns = shape
         rank = 16 if self.rank is None else self.rank
         if self.ratio is not None:
@@ -56,4 +57,4 @@ class Residual(Truncation):
 
     def predict(self, shape: Shape, dtype: torch.dtype) -> int:
         rows, columns = shape
-        return (rows * columns + self._rank(shape) * (rows + columns)) * dtype.itemsize
+        return (rows * columns + self.rank_of(shape) * (rows + columns)) * dtype.itemsize
