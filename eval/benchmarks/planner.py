@@ -37,7 +37,7 @@ from compress.recipe import Recipe
 from compress.source import DEMO, Source
 from eval.harness import Notice, Progress, evaluate
 
-WIDTHS = (128, 256, 512)  # of the random Llamas of six blocks whose frontiers are timed
+WIDTHS = (64, 128, 256)  # of the random Llamas of six blocks whose frontiers are timed
 SIZES = (50, 35, 25, 18, 12)  # percent of the original's bytes
 RATES = (1.85, 2.8, 3.9, 5.5, 6)  # bits of uniform ecgptq: what just fits into SIZES on the demo
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the bytes that svd keeps, of the weights that admm drops

@@ -103,7 +103,9 @@ def test_the_file_has_the_predicted_bytes_and_is_just_within_the_size(
     assert len({fields["group"] for fields in taken}) > 1
 
 
-@pytest.mark.parametrize("methods", ["ecgptq", "gptq ecgptq svd", "svd", "admm", "svd admm"])
+@pytest.mark.parametrize(
+    "methods", ["ecgptq", "gptq ecgptq svd", "svd", "admm", "svd admm", "gptq_residual"]
+)
 @pytest.mark.parametrize("model", ["LLAMA", "GPT2"])
 def test_every_family_keeps_to_the_size(
     methods: str, model: str, text: str, tmp_path: Path

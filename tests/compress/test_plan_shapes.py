@@ -1,0 +1,151 @@
+"""Plans that choose a shape first, and corrections of rounded matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import normal, save
+
+from compress import recipe as recipes
+from compress import run as runs
+from compress.compressors.lowrank.gptq_residual import GPTQResidual
+from compress.compressors.lowrank.residual import Residual
+from compress.compressors.quantization.bits import cost
+from compress.compressors.quantization.gptq import GPTQ
+from compress.moments import Moments
+from compress.planning.goals import planner_of
+from compress.planning.menus import menus_of
+from compress.planning.shaped import ShapedPlanner
+from compress.planning.shapes import Shape, reshaped, stages_of
+from compress.problem import LayerProblem
+from compress.source import Source
+from compress.testing import starting_weight
+from compress.weights import Dense
+
+
+def answer(events: Generator[Any, None, Any]) -> Any:
+    """What a generator returns."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value
+
+
+def problem() -> LayerProblem:
+    """One whose loss has been measured, of the shape of the first q_proj of the demo model."""
+    W, x, g = (normal(n, 128, seed=s, scale=1) for s, n in enumerate((128, 400, 400)))
+    return LayerProblem(
+        "site", Dense.of(W.bfloat16()), Moments(x.T @ x / 400), gradients=Moments(g.T @ g / 400)
+    )
+
+
+def test_a_correction_in_one_pass_is_that_of_two_stages() -> None:
+    given = problem()
+    weight = GPTQResidual.model_validate({"bits": 3, "ratio": 1 / 16}).compress(given)
+    packed = GPTQ.model_validate({"bits": 3}).solve(given)
+    residual = Residual.model_validate({"ratio": 1 / 16})
+    slow = residual.solve(LayerProblem("site", packed, given.moments, given.W, given.gradients))
+    assert torch.equal(weight.dense(), slow.dense())
+    assert weight.nbytes == GPTQResidual.model_validate({"bits": 3, "ratio": 1 / 16}).predict(
+        (128, 128), torch.bfloat16
+    )
+    assert cost(given, weight) < cost(given, packed)
+
+
+def test_every_correction_has_the_bytes_and_the_cost_of_the_weight_that_it_makes() -> None:
+    site = next(s for s in Source("demo").anatomy.sites if s.shape == (128, 128))
+    menu = menus_of(["gptq_residual"])["gptq_residual"]
+    given = problem()
+    options = dict(menu.options(site, menu.costs(given, site)))
+    assert len(options) == 9
+    assert len({option.label for option in options}) == 9
+    for option, price in options.items():
+        made = menu.of(option).model_copy(update={"polish": 0}).compress(given)
+        assert (
+            menu.weight(site, option).nbytes
+            == made.nbytes
+            == menu.of(option).compress(given).nbytes
+        )
+        assert price == cost(given, made)
+    table = Source("demo").anatomy.sites[0]
+    assert table.layout == "embedding"
+    assert not menu.knots(table)
+
+
+def test_a_correction_needs_a_dense_matrix() -> None:
+    assert GPTQResidual.accepts == {"dense"}
+    weight = GPTQResidual.model_validate({}).compress(
+        LayerProblem("site", starting_weight("dense"))
+    )
+    assert [term.kind for term in weight.terms] == ["quantized", "lowrank"]  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def planner(text: str, tmp_path_factory: pytest.TempPathFactory) -> ShapedPlanner:
+    folder = save(tmp_path_factory.mktemp("shapes") / "model", "LlamaForCausalLM", tiny.LLAMA)
+    recipe = recipes.load_one({
+        "model": folder,
+        "calibration": {"data": text, "samples": 8, "length": 64},
+        "stages": [{"use": "gptq", "targets": ["all"]}],
+    })  # fmt: skip
+    made = planner_of(recipe, Source(folder), recipe.stages[0], ["quantization", "depth", "width"])
+    assert isinstance(made, ShapedPlanner)
+    for _ in made.look():
+        pass
+    return made
+
+
+def test_shapes_once_each() -> None:
+    demo = Source("demo")
+    stages = list(stages_of(["depth", "width"], demo))
+    assert [stage.use for stage in stages] == ["depth"] * 3 + ["width"] * 2
+    gone = [demo.anatomy.layers - stage.compressor.keeps(6) for stage in stages[:3]]  # type: ignore[attr-defined]
+    assert gone == [1, 2, 3]
+
+
+def test_a_shape_costs_what_its_stage_costs(planner: ShapedPlanner, tmp_path: Path) -> None:
+    """And its matrices are those that a recipe's own stage would make."""
+    for one in planner.planners[1:]:
+        (stage,) = one.shape.stages
+        recipe = planner.recipe.model_copy(update={"stages": [stage]})
+        shape: Shape = answer(reshaped(stage, recipe, planner.source, tmp_path / stage.use))
+        assert {s.name: s.shape for s in shape.source.anatomy.sites} == {
+            s.name: s.shape for s in one.source.anatomy.sites
+        }
+        alone = planner.fits(planner.source.nbytes)[planner.planners.index(one)]
+        assert alone.recipe.stages == [stage]
+        assert alone.cost == planner.measured(alone).expected == one.shape.kl > 0.1
+        info = runs.apply(alone.recipe, tmp_path / f"{stage.use}-out", verify=False)
+        assert info["bytes"]["disk"] == alone.bytes
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_plan_in_another_shape_keeps_to_the_size(
+    number: int, planner: ShapedPlanner, tmp_path: Path
+) -> None:
+    one = planner.planners[number]
+    budget = one.least + 20_000
+    found = one.fit(budget)
+    assert found.recipe.stages[0].use == found.shape.split()[0]
+    assert len(found.recipe.stages) == 2
+    assert found.cost > one.shape.kl
+    info = runs.apply(found.recipe, tmp_path / "out", verify=number == 1)
+    assert 0.98 * budget < info["bytes"]["disk"] <= found.bytes <= budget
+    assert recipes.load_one(found.recipe.dump()).dump() == found.recipe.dump()
+
+
+def test_the_best_shape_is_chosen_by_costs_and_then_by_measuring(planner: ShapedPlanner) -> None:
+    plans = planner.fits(planner.whole.least)
+    assert len(plans) == len(planner.planners)
+    best = planner.fit(planner.whole.least)
+    assert best.cost == min(plan.cost for plan in plans)
+    chosen = answer(planner.refine(best, 0))
+    assert chosen.measured[0] == min(planner.measured(p).expected for p in plans)
+    assert planner.least < planner.whole.least
+    assert planner.fit(planner.least).shape
