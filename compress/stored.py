@@ -30,6 +30,7 @@ from compress.weights import (
     Huffman,
     Int8,
     LowRank,
+    Masked,
     Quantized,
     Sum,
     Weight,
@@ -122,7 +123,7 @@ class Stored(Source):
         if site.name in sites:
             known = sites[site.name]
             weight = Weight.restore(known["spec"], self._parts(site, known["tensors"]))
-            return weight.plain() if isinstance(weight, Huffman) else weight
+            return weight.plain() if isinstance(weight, (Huffman, Masked)) else weight
         parts = self._parts(site)
         if self.quantization.get("quant_method") == "compressed-tensors":
             return self._compressed_tensors(site, parts)

@@ -42,6 +42,7 @@ from compress.weights import (
     Huffman,
     Int8,
     LowRank,
+    Masked,
     Quantized,
     Sparse,
     Sum,
@@ -286,6 +287,7 @@ def starting_weight(kind: str) -> Weight:
             codes, torch.full((96,), 130).byte(), torch.full((128,), 120).byte(), 0.01, dtype
         ),
         "huffman": lambda: Huffman.of(packed),
+        "masked": lambda: Masked.of(packed, Sparse.of(matrix, packed.dense() != 0)),
         "float8": lambda: Float8.of(matrix, scale[:, :1], dtype),
         "int8": lambda: Int8.of(matrix, dtype),
         "nf4": lambda: NF4.of(matrix, dtype, block=64, double_quant=False),

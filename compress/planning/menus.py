@@ -22,12 +22,13 @@ from compress.compressors.lowrank.gptq_residual import GPTQResidual
 from compress.compressors.lowrank.svd import SVD
 from compress.compressors.quantization.bits import WIDTHS, cost
 from compress.compressors.quantization.ecgptq import ECGPTQ
+from compress.compressors.quantization.gptq_sparse import GPTQSparse
 from compress.compressors.quantization.packed import PackedIntegers
 from compress.errors import RecipeError
 from compress.planning.cache import digest
 from compress.planning.options import Option
 from compress.problem import LayerProblem
-from compress.weights import Coded, Dense, LowRank, Quantized, Sparse, Sum, Weight
+from compress.weights import Coded, Dense, LowRank, Masked, Quantized, Sparse, Sum, Weight
 from compress.weights.base import spec_of
 from compress.weights.quantized import scale_dtype
 
@@ -37,11 +38,10 @@ Costs: TypeAlias = Mapping[str, float]  # what was tried, by its option's label
 GROUPS: tuple[Group, ...] = (32, 64, 128, "channel")
 REFERENCE = 64  # the group in which every number of bits is tried
 TRIED = (2, 4)  # bits at which every group is tried; between and beyond, its factor is inferred
-RATIOS = (1 / 64, 1 / 32, 1 / 16)  # of a correction: ¼, ½ and 1 bit a weight
 FAMILIES = {
     "quantization": ("gptq", "ecgptq"),
     "low-rank": ("svd",),
-    "pruning": ("admm",),
+    "pruning": ("admm", "gptq_sparse"),
     "residual": ("gptq_residual",),
 }
 
@@ -120,20 +120,28 @@ class Grids(Menu):
         return packed(self.of(option), site)
 
 
-class Corrected(Menu):
-    """gptq_residual: bits in groups of 64 × numbers of the factors; all are tried."""
+class Pairs(Menu):
+    """A method with bits and a second parameter; all options are tried."""
 
-    axes = frozenset({"bits", "ratio"})
+    second: ClassVar[str]
+    pairs: ClassVar[tuple[tuple[int, float], ...]]
 
     def knots(self, site: Site) -> list[Option]:
         if site.layout not in self.solver.layouts:
             return []
-        use = self.solver.name
-        return [Option.of(use, bits=bits, ratio=ratio) for bits in (2, 3, 4) for ratio in RATIOS]
+        return [Option.of(self.solver.name, bits=b, **{self.second: x}) for b, x in self.pairs]
 
     def options(self, site: Site, costs: Costs) -> Iterator[tuple[Option, float]]:
         for option in self.knots(site):
             yield option, costs[option.label]
+
+
+class Corrected(Pairs):
+    """gptq_residual: bits in groups of 64, factors of ¼, ½ and 1 bit a weight."""
+
+    axes = frozenset({"bits", "ratio"})
+    second = "ratio"
+    pairs = tuple((bits, ratio) for bits in (2, 3, 4) for ratio in (1 / 64, 1 / 32, 1 / 16))
 
     def weight(self, site: Site, option: Option) -> Sum:
         solver, (rows, columns) = self.of(option), site.shape
@@ -141,6 +149,28 @@ class Corrected(Menu):
         rank = solver.rank_of(site.shape)
         left, right = (torch.empty(n, device="meta") for n in ((rows, rank), (rank, columns)))
         return Sum.of(packed(solver, site), LowRank.of(left, right, site.dtype))
+
+
+class Thinned(Pairs):
+    """gptq_sparse: the bits of what stays, and the share that goes."""
+
+    axes = frozenset({"bits", "sparsity"})
+    second = "sparsity"
+    pairs = ((2, 0.7), (2, 0.5), (3, 0.7), (3, 0.5))
+
+    def weight(self, site: Site, option: Option) -> Masked:
+        solver, (rows, columns) = self.of(option), site.shape
+        assert isinstance(solver, GPTQSparse)
+        grid, kept = packed(solver.rounding, site), solver.kept(site.shape)
+        words = torch.empty(1, -(-kept * solver.bits // 32), dtype=torch.int32, device="meta")
+        tensors = {
+            "mask": _bytes(rows * -(-columns // 8)).view(rows, -1),
+            "weight_packed": words,
+            "weight_scale": grid.tensors["weight_scale"],
+        }
+        return Masked(
+            spec_of("masked", torch.empty(site.shape, device="meta"), site.dtype), tensors
+        )
 
 
 class Line(Menu):
@@ -239,6 +269,7 @@ class Zeros(Line):
 
 MENUS: dict[str, type[Menu]] = {
     "gptq": Grids, "ecgptq": Codes, "svd": Ranks, "admm": Zeros, "gptq_residual": Corrected,
+    "gptq_sparse": Thinned,
 }  # fmt: skip
 # What their options do not set. No share is given out: a plan says what each site gets.
 PLAIN: dict[str, dict[str, Any]] = {"svd": {"ranks": "uniform"}, "admm": {"allocation": "uniform"}}
@@ -282,7 +313,7 @@ def fast(option: Option) -> bool:
     known = option.fields
     if option.use == "gptq":
         return known["bits"] <= 4 or (known["bits"], known["group"]) == (8, "channel")
-    return option.use == "svd"
+    return option.use in ("svd", "gptq_sparse")  # of which the latter runs as gptq's
 
 
 def packed(solver: CalibratedCompressor, site: Site) -> Quantized:

@@ -35,6 +35,8 @@ class Option:
             return f"{known['bits']}/{'row' if known['group'] == 'channel' else known['group']}"
         if "bits" in known and "ratio" in known:
             return f"{known['bits']}+{known['ratio']:.1%}"
+        if "bits" in known and "sparsity" in known:
+            return f"{known['bits']}, {known['sparsity']:.0%} zero"
         if "bits" in known:
             return f"{known['bits']:g}"
         if "ratio" in known:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from compress.runtime.matrices import DTYPE, Int4, Int8, Matrix, block_rows, kernel_group
-from compress.weights import Coded, Huffman, LowRank, Quantized, Sum, Weight
+from compress.weights import Coded, Huffman, LowRank, Masked, Quantized, Sum, Weight
 from compress.weights import Int8 as StoredInt8
 from compress.weights.modeling_compressed import (
     read_stream,
@@ -130,7 +130,7 @@ def matrix_of(weight: Weight, dtype: torch.dtype) -> Matrix:
         return _integers(weight)
     if isinstance(weight, StoredInt8):
         return Int8(weight.tensors["codes"], weight.tensors["SCB"].float() / 127)
-    if isinstance(weight, Huffman):
+    if isinstance(weight, (Huffman, Masked)):
         return _integers(weight.plain())
     if isinstance(weight, Coded):
         return _coded(weight)

@@ -28,7 +28,7 @@ from compress.stored import UNPACKED, Stored
 from compress.weights import Weight
 
 # Integers for which there are kernels; rows of tables, too.
-GRIDS = ("quantized", "huffman", "int8", "coded")
+GRIDS = ("quantized", "huffman", "masked", "int8", "coded")
 KERNELS = (*GRIDS, "lowrank", "sparse")
 
 

@@ -6,6 +6,7 @@ from compress.weights.coded import Coded, Huffman
 from compress.weights.dense import Dense
 from compress.weights.float8 import Float8
 from compress.weights.lowrank import LowRank, Sum
+from compress.weights.masked import Masked
 from compress.weights.quantized import Quantized
 from compress.weights.sparse import Sparse
 
@@ -17,6 +18,7 @@ __all__ = [
     "Huffman",
     "Int8",
     "LowRank",
+    "Masked",
     "Quantized",
     "Sparse",
     "Sum",

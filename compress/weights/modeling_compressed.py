@@ -46,11 +46,14 @@ def _dense(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
 
 def _sparse(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     """values [kept] in row order; mask uint8 [out, ⌈in/8⌉], most significant bit first."""
-    rows, columns = spec["shape"]
-    mask, values = tensors["mask"], tensors["values"]
+    kept, values = unmasked(tensors["mask"], spec["shape"][1]), tensors["values"]
+    return values.new_zeros(kept.shape).masked_scatter(kept, values)
+
+
+def unmasked(mask: Tensor, columns: int) -> Tensor:
+    """bool [out, columns] of a mask with a bit an entry."""
     shifts = torch.arange(7, -1, -1, device=mask.device, dtype=torch.uint8)
-    kept = ((mask.unsqueeze(-1) >> shifts) & 1).view(rows, -1)[:, :columns].bool()
-    return values.new_zeros(rows, columns).masked_scatter(kept, values)
+    return ((mask.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :columns].bool()
 
 
 def _quantized(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
@@ -76,6 +79,18 @@ def unpack_codes(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     if unpack_from_int32 is None:
         raise ImportError("this checkpoint holds packed integers: pip install compressed-tensors")
     return unpack_from_int32(tensors["weight_packed"], spec["bits"], torch.Size(spec["shape"]))
+
+
+def _masked(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """As ``_quantized``, symmetric, only the codes within a mask stored."""
+    return _on_grid(masked_codes(spec, tensors), spec, tensors)
+
+
+def masked_codes(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
+    """int8 [out, in], zero outside of the mask."""
+    kept = unmasked(tensors["mask"], spec["shape"][1])
+    codes = unpack_codes(spec | {"shape": [1, spec["kept"]]}, tensors)
+    return codes.new_zeros(kept.shape).masked_scatter(kept, codes)
 
 
 def zero_points(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
@@ -187,7 +202,7 @@ def _nf4(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
 
 _DECODERS = {"dense": _dense, "sparse": _sparse, "quantized": _quantized, "lowrank": _lowrank,
              "sum": _sum, "float8": _float8, "int8": _int8, "nf4": _nf4,
-             "coded": _coded, "huffman": _huffman}  # fmt: skip
+             "coded": _coded, "huffman": _huffman, "masked": _masked}  # fmt: skip
 
 
 class Compressed(nn.Module):

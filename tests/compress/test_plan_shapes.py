@@ -1,8 +1,9 @@
-"""Plans that choose a shape first, and corrections of rounded matrices."""
+"""Plans that choose a shape first; corrections of rounded matrices, and zeros on a grid."""
 
 from __future__ import annotations
 
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from compress import recipe as recipes
 from compress import run as runs
 from compress.compressors.lowrank.gptq_residual import GPTQResidual
 from compress.compressors.lowrank.residual import Residual
+from compress.compressors.pruning.admm import ADMM
 from compress.compressors.quantization.bits import cost
 from compress.compressors.quantization.gptq import GPTQ
+from compress.compressors.quantization.gptq_sparse import GPTQSparse
 from compress.moments import Moments
 from compress.planning.goals import planner_of
 from compress.planning.menus import menus_of
@@ -24,8 +27,7 @@ from compress.planning.shaped import ShapedPlanner
 from compress.planning.shapes import Shape, reshaped, stages_of
 from compress.problem import LayerProblem
 from compress.source import Source
-from compress.testing import starting_weight
-from compress.weights import Dense
+from compress.weights import Dense, Masked
 
 
 def answer(events: Generator[Any, None, Any]) -> Any:
@@ -58,13 +60,30 @@ def test_a_correction_in_one_pass_is_that_of_two_stages() -> None:
     assert cost(given, weight) < cost(given, packed)
 
 
-def test_every_correction_has_the_bytes_and_the_cost_of_the_weight_that_it_makes() -> None:
+def test_zeros_on_a_grid_are_those_of_two_stages() -> None:
+    given = problem()
+    weight = GPTQSparse.model_validate({"bits": 3, "sparsity": 0.6}).compress(given)
+    pruned = ADMM.model_validate({"sparsity": 0.6, "allocation": "uniform"}).solve(given)
+    slow = GPTQ.model_validate({"bits": 3}).solve(replace(given, weight=pruned, goal=given.W))
+    assert isinstance(weight, Masked)
+    assert torch.equal(weight.dense(), slow.dense())
+    assert torch.equal(weight.plain().dense(), slow.dense())
+    assert weight.parameters == 128 * 128 - round(0.6 * 128 * 128)
+    assert (weight.dense() != 0).sum() <= weight.parameters
+    assert weight.nbytes == 128 * 16 + 4 * -(-weight.parameters * 3 // 32) + 128 * 2 * 2
+    rounded = GPTQ.model_validate({"bits": 2}).solve(given)
+    assert weight.nbytes < 1.05 * rounded.nbytes
+
+
+@pytest.mark.parametrize(("method", "count"), [("gptq_residual", 9), ("gptq_sparse", 4)])
+def test_every_option_has_the_bytes_and_the_cost_of_the_weight_that_it_makes(
+    method: str, count: int
+) -> None:
     site = next(s for s in Source("demo").anatomy.sites if s.shape == (128, 128))
-    menu = menus_of(["gptq_residual"])["gptq_residual"]
+    menu = menus_of([method])[method]
     given = problem()
     options = dict(menu.options(site, menu.costs(given, site)))
-    assert len(options) == 9
-    assert len({option.label for option in options}) == 9
+    assert len(options) == len({option.label for option in options}) == count
     for option, price in options.items():
         made = menu.of(option).model_copy(update={"polish": 0}).compress(given)
         assert (
@@ -73,17 +92,6 @@ def test_every_correction_has_the_bytes_and_the_cost_of_the_weight_that_it_makes
             == menu.of(option).compress(given).nbytes
         )
         assert price == cost(given, made)
-    table = Source("demo").anatomy.sites[0]
-    assert table.layout == "embedding"
-    assert not menu.knots(table)
-
-
-def test_a_correction_needs_a_dense_matrix() -> None:
-    assert GPTQResidual.accepts == {"dense"}
-    weight = GPTQResidual.model_validate({}).compress(
-        LayerProblem("site", starting_weight("dense"))
-    )
-    assert [term.kind for term in weight.terms] == ["quantized", "lowrank"]  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
