@@ -71,8 +71,6 @@ def test_zeros_on_a_grid_are_those_of_two_stages() -> None:
     assert weight.parameters == 128 * 128 - round(0.6 * 128 * 128)
     assert (weight.dense() != 0).sum() <= weight.parameters
     assert weight.nbytes == 128 * 16 + 4 * -(-weight.parameters * 3 // 32) + 128 * 2 * 2
-    rounded = GPTQ.model_validate({"bits": 2}).solve(given)
-    assert weight.nbytes < 1.05 * rounded.nbytes
 
 
 @pytest.mark.parametrize(("method", "count"), [("gptq_residual", 9), ("gptq_sparse", 4)])
