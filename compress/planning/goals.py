@@ -56,7 +56,7 @@ def planner_of(
             shape=shape,
         )  # fmt: skip
 
-    return ShapedPlanner(make, uses) if uses else make()
+    return ShapedPlanner(make, uses, plain=plain) if uses else make()
 
 
 def keep(

@@ -22,14 +22,17 @@ class ShapedPlanner:
     """What ``Planner`` does, for the original's shape and those that ``uses`` (depth, width) make.
 
     ``make`` gives the planner of a shape. What a shape costs, its KL to the original, is measured
-    and added to what its matrices cost; the law from costs to KL is the original's.
+    and added to what its matrices cost; the law from costs to KL is the original's. ``plain`` keeps
+    to shapes that a config can say.
 
     Raises:
         DataError: too little text to measure shapes on.
     """
 
-    def __init__(self, make: Callable[[Shape | None], Planner], uses: Sequence[str]) -> None:
-        self.make, self.uses = make, uses
+    def __init__(
+        self, make: Callable[[Shape | None], Planner], uses: Sequence[str], *, plain: bool = False
+    ) -> None:
+        self.make, self.uses, self.plain = make, uses, plain
         self.whole = make(None)
         self.planners = [self.whole]
         self.folder = tempfile.TemporaryDirectory()
@@ -58,7 +61,7 @@ class ShapedPlanner:
         yield from self.whole.look()
         recipe, held = self.whole.recipe, self.whole.held
         assert held is not None
-        stages = list(stages_of(self.uses, self.source))
+        stages = list(stages_of(self.uses, self.source, plain=self.plain))
         for number, stage in enumerate(stages):
             folder = Path(self.folder.name) / str(number)
             shape = yield from reshaped(stage, recipe, self.source, folder)

@@ -48,8 +48,8 @@ class Shape:
         return cls(source, Original(source))
 
 
-def stages_of(uses: Iterable[str], source: Source) -> Iterator[Stage]:
-    """The stages whose shapes are tried, each shape once.
+def stages_of(uses: Iterable[str], source: Source, *, plain: bool = False) -> Iterator[Stage]:
+    """The stages whose shapes are tried, each shape once; ``plain``: those that a config can say.
 
     Raises:
         ModelError: an architecture that cannot be cut so, as far as is known here.
@@ -63,6 +63,8 @@ def stages_of(uses: Iterable[str], source: Source) -> Iterator[Stage]:
             try:
                 after = predicted(stage, source)
             except RecipeError:  # so small a share that nothing goes
+                continue
+            if plain and hasattr(after.config, "compressed_shapes"):
                 continue
             shapes = tuple((site.name, site.shape) for site in after.anatomy.sites)
             if shapes not in seen:
