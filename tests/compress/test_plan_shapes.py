@@ -15,6 +15,7 @@ from tiny import normal, save
 
 from compress import recipe as recipes
 from compress import run as runs
+from compress.checkpoint import load
 from compress.compressors.lowrank.gptq_residual import GPTQResidual
 from compress.compressors.lowrank.residual import Residual
 from compress.compressors.pruning.admm import ADMM
@@ -72,6 +73,22 @@ def test_zeros_on_a_grid_are_those_of_two_stages() -> None:
     assert weight.parameters == 128 * 128 - round(0.6 * 128 * 128)
     assert (weight.dense() != 0).sum() <= weight.parameters
     assert weight.nbytes == 128 * 16 + 4 * -(-weight.parameters * 3 // 32) + 128 * 2 * 2
+
+
+def test_zeros_on_a_grid_are_multiplied_as_integers(text: str, tmp_path: Path) -> None:
+    folder = save(tmp_path / "model", "LlamaForCausalLM", tiny.LLAMA)
+    recipe = recipes.load_one({
+        "model": folder,
+        "calibration": {"data": text, "samples": 4, "length": 64},
+        "stages": [{"use": "gptq_sparse", "blocks": [0]}],
+    })  # fmt: skip
+    runs.apply(recipe, tmp_path / "out", verify=False)
+    model = load(tmp_path / "out", runtime="packed")
+    assert list(model.packed_report.kernels.values()).count("int4") == 7
+    tokens = torch.arange(40)[None]
+    with torch.inference_mode():
+        found, right = model(tokens).logits, load(tmp_path / "out")(tokens).logits
+    assert (found - right).norm() < 0.03 * right.norm()
 
 
 @pytest.mark.parametrize(("method", "count"), [("gptq_residual", 9), ("gptq_sparse", 4)])
