@@ -14,7 +14,7 @@ from compress.planning.menus import methods_of
 from compress.planning.plan import Plan
 from compress.planning.planner import Planner
 from compress.planning.shaped import ShapedPlanner
-from compress.planning.shapes import AMOUNTS, Shape
+from compress.planning.shapes import SHAPES, Shape
 from compress.recipe import Recipe, Stage
 from compress.sizes import parse_size
 from compress.source import Source
@@ -47,8 +47,8 @@ def planner_of(
     Raises:
         RecipeError, DataError, ModelError: see ``Planner`` and ``ShapedPlanner``.
     """
-    uses = [family for family in families if family in AMOUNTS]
-    methods = methods_of([family for family in families if family not in AMOUNTS])
+    uses = [family for family in families if family in SHAPES]
+    methods = methods_of([family for family in families if family not in SHAPES])
 
     def make(shape: Shape | None = None) -> Planner:
         return Planner(

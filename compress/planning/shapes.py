@@ -23,10 +23,8 @@ from compress.source import Original, Source
 from compress.store import Blocks, Store
 from compress.structure import followed, restructure
 
-AMOUNTS = {  # shares that go
-    "depth": (0.125, 0.25, 0.375, 0.5),
-    "width": (0.125, 0.25),
-}
+SHAPES = ("depth", "width")
+AMOUNTS = (0.125, 0.25, 0.375, 0.5)  # shares that go
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def stages_of(uses: Iterable[str], source: Source, *, plain: bool = False) -> It
     """
     seen = set()
     for use in uses:
-        for amount in AMOUNTS[use]:
+        for amount in AMOUNTS:
             made = registry.get(use).model_validate({"amount": amount})
             assert isinstance(made, StructureCompressor)
             stage = Stage(compressor=made, targets=list(made.default_targets))

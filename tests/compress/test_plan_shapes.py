@@ -128,12 +128,12 @@ def planner(text: str, tmp_path_factory: pytest.TempPathFactory) -> ShapedPlanne
 def test_shapes_once_each(tmp_path: Path) -> None:
     demo = Source("demo")
     stages = list(stages_of(["depth", "width"], demo))
-    assert [stage.use for stage in stages] == ["depth"] * 3 + ["width"] * 2
+    assert [stage.use for stage in stages] == ["depth"] * 3 + ["width"] * 4
     gone = [demo.anatomy.layers - stage.compressor.keeps(6) for stage in stages[:3]]  # type: ignore[attr-defined]
     assert gone == [1, 2, 3]
     heads = transformers.GPT2Config(**tiny.GPT2.to_diff_dict() | {"n_head": 4})
     gpt2 = Source(save(tmp_path / "gpt2", "GPT2LMHeadModel", heads))
-    assert len(list(stages_of(["width"], gpt2))) == 2  # fewer channels, and then fewer heads
+    assert len(list(stages_of(["width"], gpt2))) == 4  # fewer channels, and then fewer heads
     assert len(list(stages_of(["width"], gpt2, plain=True))) == 1  # no config says fewer heads
 
 
