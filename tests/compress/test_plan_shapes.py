@@ -116,9 +116,9 @@ def planner(text: str, tmp_path_factory: pytest.TempPathFactory) -> ShapedPlanne
     recipe = recipes.load_one({
         "model": folder,
         "calibration": {"data": text, "samples": 8, "length": 64},
-        "stages": [{"use": "gptq", "targets": ["all"]}],
+        "stages": [{"use": "ecgptq", "targets": ["all"]}],
     })  # fmt: skip
-    made = planner_of(recipe, Source(folder), recipe.stages[0], ["quantization", "depth", "width"])
+    made = planner_of(recipe, Source(folder), recipe.stages[0], ["depth", "width"])
     assert isinstance(made, ShapedPlanner)
     for _ in made.look():
         pass
@@ -139,17 +139,17 @@ def test_shapes_once_each(tmp_path: Path) -> None:
 
 def test_a_shape_costs_what_its_stage_costs(planner: ShapedPlanner, tmp_path: Path) -> None:
     """And its matrices are those that a recipe's own stage would make."""
-    for one in planner.planners[1:]:
+    for number, one in enumerate(planner.planners[1:], 1):
         (stage,) = one.shape.stages
         recipe = planner.recipe.model_copy(update={"stages": [stage]})
-        shape: Shape = answer(reshaped(stage, recipe, planner.source, tmp_path / stage.use))
+        shape: Shape = answer(reshaped(stage, recipe, planner.source, tmp_path / f"{number}"))
         assert {s.name: s.shape for s in shape.source.anatomy.sites} == {
             s.name: s.shape for s in one.source.anatomy.sites
         }
-        alone = planner.fits(planner.source.nbytes)[planner.planners.index(one)]
+        alone = planner.fits(planner.source.nbytes)[number]
         assert alone.recipe.stages == [stage]
         assert alone.cost == planner.measured(alone).expected == one.shape.kl > 0.1
-        info = runs.apply(alone.recipe, tmp_path / f"{stage.use}-out", verify=False)
+        info = runs.apply(alone.recipe, tmp_path / f"{number}-out", verify=False)
         assert info["bytes"]["disk"] == alone.bytes
 
 
