@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import models
@@ -115,7 +116,7 @@ def watch(
     while not reached(folder) and process.poll() is None:
         assert time.monotonic() < deadline
         for path in paths:
-            if path.exists():  # a stage's blocks go when the next stage is done
+            with suppress(FileNotFoundError):  # a stage's blocks go when the next stage is done
                 seen[path] = path.stat().st_mtime_ns
         time.sleep(0.002)
     return seen

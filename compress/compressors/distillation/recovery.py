@@ -42,7 +42,9 @@ class Recovery(TrainingCompressor):
 
     steps: int = Field(300, ge=1, description="optimizer steps")
     learning_rate: float | None = Field(
-        None, gt=0, description="highest learning rate; if none is said 0.128 / the model's width"
+        None,
+        gt=0,
+        description="highest learning rate; if none is said 0.001, less if wider than 128",
     )
     batch: int = Field(8, ge=1, description="windows a step, of all processes together")
     length: int = Field(256, ge=8, description="tokens in a window")
@@ -105,7 +107,7 @@ class Recovery(TrainingCompressor):
         if self.learning_rate is not None:
             return self.learning_rate
         width = getattr(model.config.get_text_config(), "hidden_size", None) or WIDTH
-        return RATE * WIDTH / width
+        return RATE * min(1.0, WIDTH / width)
 
     def tokens(self) -> tuple[int, int]:
         return self.samples, self.length
