@@ -119,7 +119,7 @@ def descend(
 
 
 def _inputs(x: Tensor) -> np.ndarray:
-    """A copy [in, …], of bools as such and else in float32, in which an input's row is one piece."""
+    """A copy [in, …] in which an input's row is one piece; in float32, but bools as they are."""
     kind = x.dtype if x.dtype == torch.bool else torch.float32
     return x.to(kind, copy=True, memory_format=torch.contiguous_format).numpy()
 
