@@ -237,7 +237,10 @@ def stops(
         """What the other models' passes read at ``name``."""
         keys = [(m, number) for m in range(1, len(models))]
         for key in keys:
-            while not passes[key].dead and place.get(waiting.get(key, ("",))[0], -1) < place[name]:
+            while not passes[key].dead:
+                at = waiting.get(key, ("",))[0]
+                if at in left and place[at] >= place[name]:
+                    break
                 go_on(key)
         here = [key for key in keys if waiting.get(key, ("",))[0] == name]
         with offload.there([(0, number), *here]) if offload else nullcontext():

@@ -164,3 +164,11 @@ def test_the_others_wait_where_they_hold_less(tmp_path: Path) -> None:
         seen[stop.name] = len(other.done)
     # of three passes only the first finds out where it is worth going on; none goes to the end
     assert seen == {"layer0": 1, "layer1": 6, "layer2": 7, "layer3": 9}
+
+
+def test_sites_need_not_be_named_in_the_order_of_the_passes() -> None:
+    first, other, passes = Chain(), Chain(), forwards(3, 5)
+    came = {}
+    for stop in stops([first, other], passes, NAMES[::-1]):
+        came[stop.name] = [beside is not None for _, (_, beside) in stop.batches()]
+    assert came == {name: [True, True] for name in NAMES}
