@@ -19,14 +19,12 @@ def give_back() -> None:
 
 
 def map_large() -> None:
-    """Have tensors from 2 MB on lie on pages of their own, which go back when they are freed.
+    """Have tensors from 1 MB on lie on pages of their own, which go back when they are freed.
 
     Left alone, glibc soon takes them from its heap, which then has holes that grow with every
-    block. Of the heap 16 MB may stay free at its end: to fetch pages anew takes longer than what
-    is mostly computed on them.
+    block.
     """
-    _glibc("mallopt", -3, 2 << 20)  # M_MMAP_THRESHOLD
-    _glibc("mallopt", -1, 16 << 20)  # M_TRIM_THRESHOLD
+    _glibc("mallopt", -3, 1 << 20)  # M_MMAP_THRESHOLD
 
 
 def _glibc(function: str, *arguments: int) -> None:
