@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,23 +154,25 @@ def captured(
 
 @dataclass(frozen=True)
 class Stop:
-    """All forward passes that come to ``name`` wait there.
+    """All forward passes of the first model that come to ``name`` wait there.
 
-    ``inputs`` holds for each model what the site reads, by number of batch; ``batches`` brings it
-    back to memory. ``again``: in every process it is what the site before read.
+    ``inputs`` holds what the site reads, by number of batch. ``again``: in every process it is
+    what the site before read.
     """
 
     name: str
-    inputs: tuple[dict[int, Tensor], ...]
-    again: bool = False
-    offload: Offload | None = None
+    inputs: dict[int, Tensor]
+    again: bool
+    others: Callable[[str, int], AbstractContextManager[list[Tensor | None]]]
 
     def batches(self) -> Iterator[tuple[int, list[Tensor | None]]]:
-        """The number of a batch that came here in the first model, and what each model reads."""
-        for number in self.inputs[0]:
-            there = [(m, number) for m, inputs in enumerate(self.inputs) if number in inputs]
-            with self.offload.there(there) if self.offload else nullcontext():
-                yield number, [inputs.get(number) for inputs in self.inputs]
+        """The number of a batch that came here, and what each model reads; to be gone through once.
+
+        The others' passes come here only now, and None stands for one that does not.
+        """
+        for number, inputs in self.inputs.items():
+            with self.others(self.name, number) as beside:
+                yield number, [inputs, *beside]
 
 
 def stops(
@@ -181,12 +183,14 @@ def stops(
 ) -> Generator[Stop, None, None]:
     """Run ``forwards`` on every model, and stop wherever one of the sites reads its input.
 
-    All passes go on together, a site at a time, each waiting in a greenlet of its own. What the
-    caller does to the weights while they wait holds from there on, so every pass runs just once.
-    Where the first pass goes on to a site that reads the same tensor, the others are taken to.
-    The passes end when the last of ``names`` was stopped at, before that site computes anything.
-    Several processes stop at the same sites; where none of a process' passes comes to, it has no
-    inputs. What the passes hold beyond half of the free memory waits in ``folder``.
+    All passes of the first model go on together, a site at a time, each waiting in a greenlet of
+    its own. What the caller does to the weights while they wait holds from there on, so every pass
+    runs just once. Where the first pass goes on to a site that reads the same tensor, the others
+    are taken to. The passes end when the last of ``names`` was stopped at, before that site
+    computes anything. Passes of the other models, whose weights nobody changes, come to a site one
+    after the other when they are asked for, and wait there or at their next site, where they hold
+    less. Several processes stop at the same sites; where none of a process' passes comes to, it
+    has no inputs. What the passes hold beyond half of the free memory waits in ``folder``.
     """
     offload = Offload(models, folder, available() // 2) if folder else None
     place = {name: number for number, name in enumerate(names)}
@@ -226,22 +230,44 @@ def stops(
         name, reads = waiting.get(key, ("", None))
         return place[name] if reads is read else len(names)
 
+    lighter: dict[str, bool] = {}  # whether a pass that goes on from a site then holds less
+
+    @contextmanager
+    def others(name: str, number: int) -> Iterator[list[Tensor | None]]:
+        """What the other models' passes read at ``name``."""
+        keys = [(m, number) for m in range(1, len(models))]
+        for key in keys:
+            while not passes[key].dead:
+                at = waiting.get(key, ("",))[0]
+                if at in left and place[at] >= place[name]:
+                    break
+                go_on(key)
+        here = [key for key in keys if waiting.get(key, ("",))[0] == name]
+        with offload.there([(0, number), *here]) if offload else nullcontext():
+            yield [waiting[key][1] if key in here else None for key in keys]
+        for key in here:
+            if offload and name != names[-1] and lighter.get(name, True):
+                before = offload.held(key)
+                go_on(key)
+                lighter.setdefault(name, offload.held(key) < before)
+
     try:
-        for key in passes:
+        leading = [key for key in passes if key[0] == 0]
+        for key in leading:
             go_on(key)
         while left:
-            nearest = min((place[at[0]] for at in waiting.values()), default=len(names))
+            nearest = min(
+                (place[waiting[key][0]] for key in leading if key in waiting), default=len(names)
+            )
             nearest = distributed.least(nearest)
             if nearest == len(names):
                 return
-            here = [key for key, at in waiting.items() if at[0] == names[nearest]]
-            inputs: tuple[dict[int, Tensor], ...] = tuple({} for _ in models)
-            for m, n in here:
-                inputs[m][n] = waiting[m, n][1]
+            here = [key for key in leading if waiting.get(key, ("",))[0] == names[nearest]]
+            inputs = {key[1]: waiting[key][1] for key in here}
             give_back()
             again = False
             while nearest < len(names):
-                yield Stop(names[nearest], inputs, again, offload)
+                yield Stop(names[nearest], inputs, again, others)
                 again = True
                 left.discard(names[nearest])
                 if not left:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from compress import distributed
 
+TILE = 128  # inputs whose moments are summed at a time
 DAMPING = 0.01  # of the mean diagonal (GPTQ, arXiv 2210.17323)
 
 
@@ -133,28 +134,36 @@ def gathered(
     """The moments of what a site reads, over all batches and processes.
 
     ``batches`` gives numbers and inputs [..., width]: X̂, and maybe X beside it. G is left out
-    unless there are as many tokens of X everywhere. ``weights`` [tokens] by number of batch.
+    unless there are as many tokens of X everywhere. ``weights`` [tokens] by number of batch. H is
+    summed in float32. So is G − H = X̂ᵀ(X − X̂)/T, but of a model in 16 bits each batch's is
+    multiplied in 16 bits, as it was read: of a correction that is enough.
     """
     H, mean = torch.zeros(width, width), torch.zeros(width)
-    G, wanted_mean = torch.zeros(width, width), torch.zeros(width)
+    change, shift = torch.zeros(width, width), torch.zeros(width)
     tokens, paired = 0, True
     for number, (inputs, *others) in batches:
         assert inputs is not None
-        x = inputs.reshape(-1, width).float()
-        weighted = x if weights is None else x * weights[number][:, None]
-        H.addmm_(weighted.T, x)
+        read = inputs.reshape(-1, width)
+        x = read.float()
+        count = None if weights is None else weights[number][:, None]
+        weighted = x if count is None else x * count
+        for start in range(0, width, TILE):  # of a symmetric matrix the upper half is enough
+            rows = slice(start, start + TILE)
+            H[rows, start:].addmm_(weighted[:, rows].T, x[:, start:])
         mean += weighted.sum(0)
         tokens += len(x)
         original = others[0] if others else None
         if original is None or original.shape != inputs.shape:
             paired = False
-        else:
-            wanted = original.reshape(-1, width).float()
-            G.addmm_(weighted.T, wanted)
-            wanted_mean += (wanted if weights is None else wanted * weights[number][:, None]).sum(0)
+        elif paired:
+            ahead = original.reshape(-1, width) - read
+            change += read.T @ ahead if count is None else weighted.T @ ahead.float()
+            shift += (ahead.float() if count is None else ahead * count).sum(0)
     paired = bool(distributed.least(paired))
     tokens = max(1, int(distributed.total(torch.tensor(tokens))))
+    H = H.triu() + H.triu(1).T
     H, mean = distributed.total(H) / tokens, distributed.total(mean) / tokens
     if not paired:
         return Moments(H, None, mean)
-    return Moments(H, distributed.total(G) / tokens, mean, distributed.total(wanted_mean) / tokens)
+    change, shift = distributed.total(change) / tokens, distributed.total(shift) / tokens
+    return Moments(H, H + change, mean, mean + shift)

@@ -73,6 +73,10 @@ class Offload:
             for storage, _ in held.away:
                 storage.resize_(0)
 
+    def held(self, key: Hashable) -> int:
+        """Bytes in memory that the pass ``key`` holds while it waits."""
+        return self.passes[key].nbytes
+
     def close(self) -> None:
         for held in self.passes.values():
             if held.file:

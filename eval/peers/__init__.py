@@ -8,7 +8,8 @@ the same. All get the same calibration tokens, leave embeddings and head alone (
 has failed), and are judged by the same code on the same held-out windows, from dense copies of
 their weights. Bytes are those of the files that each toolkit itself writes, with zero-points where
 it stores them. Seconds are those of compressing a model that is loaded, save that ours reads it
-too; they compare only if nothing else runs.
+too; they compare only if nothing else runs. On one thread of a busy machine, compare what its
+processors spent.
 
 Every job is a line in ``results.jsonl``. One that is there is not run again, unless ``--redo``
 names its toolkit, or ``--retry`` is given and it failed.

@@ -149,9 +149,9 @@ def main() -> None:
     forget_peak()
     imported = resident()
     model = getattr(adapter, "load", load)(job)
-    begin = time.perf_counter()
+    begin, busy = time.perf_counter(), time.process_time()
     model = adapter.compress(job, model)
-    seconds = time.perf_counter() - begin
+    seconds, busy = time.perf_counter() - begin, time.process_time() - busy
     peak = resident("VmHWM")
     packed = out / "packed"
     getattr(adapter, "save", save)(job, model, packed)
@@ -159,6 +159,7 @@ def main() -> None:
     write_dense(job, getattr(adapter, "reload", reload)(packed), out / "dense")
     answer = {
         "seconds": seconds,
+        "cpu_seconds": busy,
         "resident_imported": imported,
         "resident_peak": peak,
         "matrix_bytes": matrix_bytes(packed, job.modules),

@@ -37,7 +37,8 @@ class Row:
     bytes     of the weight files that the toolkit wrote
     matrices  bytes of the blocks' matrices in them, scales and zero-points included
     skipped   matrices of the blocks that the toolkit left as they were
-    seconds   of the compression alone; memory: bytes resident at its peak, above the imports'
+    seconds   of the compression alone, and those that processors spent on it
+    memory    bytes resident at its peak, above the imports'
     """
 
     job: Job
@@ -47,6 +48,7 @@ class Row:
     skipped: int = 0
     seconds: float = 0.0
     memory: int = 0
+    cpu_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
     error: str = ""
 
@@ -103,6 +105,7 @@ def run(job: Job, home: Path) -> Row:
             matrices=answer["matrix_bytes"],
             skipped=len(modules) - len(touched),
             seconds=answer["seconds"],
+            cpu_seconds=answer["cpu_seconds"],
             memory=answer["resident_peak"] - answer["resident_imported"],
             versions=answer["versions"],
         )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import normal
 
-from compress.moments import DAMPING, Moments
+from compress.moments import DAMPING, TILE, Moments, gathered
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -74,3 +74,34 @@ def test_the_corrected_weight_is_the_least_squares_answer(strength: float) -> No
 def test_without_the_original_model_nothing_is_corrected() -> None:
     W, X = normal(6, 10), inputs(40, 10)
     assert torch.equal(Moments(X.T @ X / 40).corrected(W, 0.5), W)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_batches_are_the_moments(dtype: torch.dtype, weighted: bool) -> None:
+    width, tokens = TILE + 9, (30, 50)
+    seen = [inputs(count, width, seed=count).to(dtype) for count in tokens]
+    wanted = [(x + 0.1 * inputs(len(x), width, seed=3)).to(dtype) for x in seen]
+    counts = [torch.rand(len(x)) for x in seen] if weighted else None
+    batches = [(n, [x[None], y[None]]) for n, (x, y) in enumerate(zip(seen, wanted, strict=True))]
+    found = gathered(batches, width, counts)
+    X, Y = torch.cat(seen).float(), torch.cat(wanted).float()
+    left = X * torch.cat(counts)[:, None] if counts else X
+    assert torch.equal(found.H, found.H.T)
+    torch.testing.assert_close(found.H, left.T @ X / 80, rtol=1e-4, atol=1e-3)
+    assert found.G is not None
+    change, expected = found.G - found.H, left.T @ (Y - X) / 80
+    assert (change - expected).norm() < (1e-5 if dtype == torch.float32 else 4e-3) * expected.norm()
+    assert found.mean is not None
+    torch.testing.assert_close(found.mean, left.mean(0), rtol=1e-4, atol=1e-4)
+    assert found.wanted_mean is not None
+    weights = torch.cat(counts)[:, None] if counts else 1
+    torch.testing.assert_close(found.wanted_mean, (weights * Y).mean(0), rtol=1e-2, atol=1e-2)
+
+
+def test_a_batch_that_the_original_does_not_bring_leaves_its_moments_out() -> None:
+    X = inputs(20, 6)
+    for other in (None, X[:10]):
+        found = gathered([(0, [X, X]), (1, [X, other])], 6, None)
+        assert found.G is None
+        torch.testing.assert_close(found.H, X.T @ X / 20)

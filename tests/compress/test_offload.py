@@ -66,11 +66,11 @@ def test_what_waits_is_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(blockwise, "available", lambda: 0)
     model = Block()
     for stop in stops([model], passes(3), ("first", "second"), tmp_path):
-        assert [x.untyped_storage().nbytes() for x in stop.inputs[0].values()] == [0, 0, 0]
+        assert [x.untyped_storage().nbytes() for x in stop.inputs.values()] == [0, 0, 0]
         for number, (x,) in stop.batches():
-            assert x is stop.inputs[0][number]
+            assert x is stop.inputs[number]
             assert x.untyped_storage().nbytes() == SMALL
-            others = [y for n, y in stop.inputs[0].items() if n != number]
+            others = [y for n, y in stop.inputs.items() if n != number]
             assert all(y.untyped_storage().nbytes() == 0 for y in others)
     assert model.shared.untyped_storage().nbytes() == SMALL
     assert all(p.untyped_storage().nbytes() for p in model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from tiny import normal
 from torch import Tensor, nn
 
 from compress.blockwise import stops
+from compress.offload import SMALL
 
 NAMES = ("first", "second", "third")
 
@@ -57,7 +59,7 @@ def test_every_site_sees_what_the_model_is_by_then() -> None:
         assert stop.name == NAMES[place]
         for number, forward in enumerate(passes):
             expected = captured(reference, stop.name, forward)
-            torch.testing.assert_close(stop.inputs[0][number], expected)
+            torch.testing.assert_close(stop.inputs[number], expected)
         for one in (model, reference):
             one.get_submodule(stop.name).weight.data *= -0.5
     assert model.calls == 2, "each pass runs once"
@@ -67,14 +69,14 @@ def test_two_models_wait_for_each_other() -> None:
     changed, original, passes = Chain(), Chain(), forwards(3)
     untouched = Chain()
     for stop in stops([changed, original], passes, NAMES):
-        here, there = (inputs[0] for inputs in stop.inputs)
+        [(_, (here, there))] = stop.batches()
         torch.testing.assert_close(there, captured(untouched, stop.name, passes[0]))
         assert torch.equal(here, there) is (stop.name == "first")
         changed.get_submodule(stop.name).weight.data.zero_()
 
 
 def test_a_pass_that_does_not_come_by() -> None:
-    found = {stop.name: set(stop.inputs[0]) for stop in stops([Chain()], forwards(3, 1), NAMES)}
+    found = {stop.name: set(stop.inputs) for stop in stops([Chain()], forwards(3, 1), NAMES)}
     assert found == {"first": {0, 1}, "second": {0}, "third": {0, 1}}
 
 
@@ -125,9 +127,48 @@ def test_the_first_pass_shows_who_reads_the_same() -> None:
     passes = stops([model], forwards(3, 5), ("query", "key", "value"))
     query, key = next(passes), next(passes)
     assert model.computed == ["query"], "the second pass did not move"
-    assert all(key.inputs[0][n] is query.inputs[0][n] for n in (0, 1))
+    assert all(key.inputs[n] is query.inputs[n] for n in (0, 1))
     value = next(passes)
-    assert all(torch.equal(value.inputs[0][n], query.inputs[0][n]) for n in (0, 1))
-    assert value.inputs[0][1] is not query.inputs[0][1]
+    assert all(torch.equal(value.inputs[n], query.inputs[n]) for n in (0, 1))
+    assert value.inputs[1] is not query.inputs[1]
     passes.close()
     assert model.computed == ["query", "key", "query", "key"]
+
+
+class Feed(nn.Module):
+    """A narrow state that is widened and narrowed again, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.done: list[str] = []
+        for i, shape in enumerate([(64, 256), (256, 64)] * 2):
+            layer = nn.Linear(*shape, bias=False)
+            layer.register_forward_hook(lambda *_, n=str(i): self.done.append(n))
+            setattr(self, f"layer{i}", layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(4):
+            x = getattr(self, f"layer{i}")(x.tanh())
+        return x
+
+
+def test_the_others_wait_where_they_hold_less(tmp_path: Path) -> None:
+    first, other = Feed(), Feed()
+    given = [normal(SMALL // 64, 64, seed=n, scale=1) for n in range(3)]
+    forwards = [lambda model, x=x: model(x) for x in given]
+    names = [f"layer{i}" for i in range(4)]
+    seen = {}
+    for stop in stops([first, other], forwards, names, tmp_path):
+        came = sum(beside is not None for _, (_, beside) in stop.batches())
+        assert came == 3
+        seen[stop.name] = len(other.done)
+    # of three passes only the first finds out where it is worth going on; none goes to the end
+    assert seen == {"layer0": 1, "layer1": 6, "layer2": 7, "layer3": 9}
+
+
+def test_sites_need_not_be_named_in_the_order_of_the_passes() -> None:
+    first, other, passes = Chain(), Chain(), forwards(3, 5)
+    came = {}
+    for stop in stops([first, other], passes, NAMES[::-1]):
+        came[stop.name] = [beside is not None for _, (_, beside) in stop.batches()]
+    assert came == {name: [True, True] for name in NAMES}

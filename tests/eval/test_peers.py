@@ -78,6 +78,7 @@ def test_a_peer_from_tokens_to_numbers(job: Job, tmp_path: Path) -> None:
     assert 0 < row.memory < 100_000_000
     assert row.versions["torch"] == torch.__version__
     assert row.seconds > 0
+    assert row.cpu_seconds > 0
 
 
 @pytest.mark.usefixtures("toolkits")
@@ -233,7 +234,7 @@ def test_differences_are_paired_and_averaged_over_seeds() -> None:
     assert best.spread is None
     line = next(x for x in markdown([best, other]).splitlines() if "| a |" in x)
     assert "| 2.00 |" in line  # times our best
-    assert "| 1,000 | 900 | 2.0 | 3 MB |" in line
+    assert "| 1,000 | 900 | 2.0 | 0.0 | 3 MB |" in line
     left = markdown([best, replace(other, skipped=2)])
     assert "| a (2 matrices left as they were) |" in left
 
