@@ -19,6 +19,7 @@ from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.weights import Quantized, Weight
 
+QUIET = np.errstate(all="ignore")  # what is not finite is refused later, by the site's name
 BLOCK = 64  # inputs whose errors are carried on one by one before the rest learn of them
 
 
@@ -66,6 +67,7 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
         return self.pack(codes, grid, problem)
 
 
+@QUIET
 def round_with_feedback(
     T: Tensor, grid: Grid | Steps, moments: Moments, keep: Tensor | None = None
 ) -> Tensor:
@@ -92,6 +94,7 @@ def round_with_feedback(
     return torch.from_numpy(codes)[order.argsort()].T.to(torch.uint8)
 
 
+@QUIET
 def descend(
     codes: Tensor, T: Tensor, grid: Grid, moments: Moments, keep: Tensor | None = None
 ) -> Tensor:
