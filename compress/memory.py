@@ -22,9 +22,10 @@ def map_large() -> None:
     """Have tensors from 1 MB on lie on pages of their own, which go back when they are freed.
 
     Left alone, glibc soon takes them from its heap, which then has holes that grow with every
-    block.
+    block. What smaller ones free stays at hand: or else each would ask for its pages anew.
     """
     _glibc("mallopt", -3, 1 << 20)  # M_MMAP_THRESHOLD
+    _glibc("mallopt", -1, 1 << 26)  # M_TRIM_THRESHOLD
 
 
 def _glibc(function: str, *arguments: int) -> None:

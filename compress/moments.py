@@ -141,10 +141,13 @@ def gathered(
     H, mean = torch.zeros(width, width), torch.zeros(width)
     change, shift = torch.zeros(width, width), torch.zeros(width)
     tokens, paired = 0, True
+    room = torch.empty(0)
     for number, (inputs, *others) in batches:
         assert inputs is not None
         read = inputs.reshape(-1, width)
-        x = read.float()
+        if len(room) < len(read):
+            room = torch.empty(len(read), width)
+        x = room[: len(read)].copy_(read)
         count = None if weights is None else weights[number][:, None]
         weighted = x if count is None else x * count
         for start in range(0, width, TILE):  # of a symmetric matrix the upper half is enough

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from compress.compressors.base import PROPAGATE, CalibratedCompressor
-from compress.compressors.quantization.grid import Grid
+from compress.compressors.quantization.grid import CHUNK, Grid
 from compress.compressors.quantization.packed import PackedIntegers
 from compress.compressors.quantization.rtn import RTN
 from compress.compressors.quantization.steps import Steps
@@ -152,6 +152,17 @@ def refit_scales(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> tupl
     returns tr((Ŵ − T)(H + λI)(Ŵ − T)ᵀ), what is left.
     """
     H = moments.damped.float()
+    step = max(1, CHUNK // T.shape[1])
+    parts = [
+        _refit_rows(codes[i : i + step], T[i : i + step], grid.rows(i, i + step), H)
+        for i in range(0, len(T), step)
+    ]
+    scales, left = zip(*parts, strict=True)
+    return replace(grid, scale=torch.cat(scales)), sum(left)
+
+
+def _refit_rows(codes: Tensor, T: Tensor, grid: Grid, H: Tensor) -> tuple[Tensor, float]:
+    """Of some rows, the scales [rows, groups] and what is left."""
     rows, columns = T.shape
     groups = grid.scale.shape[1]
     V = codes.float() - grid.spread(columns)[1]
@@ -179,4 +190,4 @@ def refit_scales(codes: Tensor, T: Tensor, grid: Grid, moments: Moments) -> tupl
     gain = (change * (2 * slope + (A @ change[..., None])[..., 0])).sum(1)
     better = gain < 0
     left = (wrong + gain.clamp(max=0)).sum().item()
-    return replace(grid, scale=torch.where(better[:, None], scale, grid.scale)), left
+    return torch.where(better[:, None], scale, grid.scale), left

@@ -13,14 +13,14 @@ stored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 LEAST, STEP = 0.3, 0.05  # share of a group's range that the coarse search begins with, and its step
 FINE = torch.linspace(-0.04, 0.04, 5)
-CHUNK = 1 << 18  # weights searched at a time: few enough for the processor's cache
+CHUNK = 3 << 16  # weights looked at together: few enough for the cache, and below 1 MB
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,10 @@ class Grid:
     def stretch(self, X: Tensor, columns: int) -> Tensor:
         """One number a group → one a weight."""
         return X.repeat_interleave(self.group, 1)[:, :columns]
+
+    def rows(self, start: int, end: int) -> Grid:
+        """The grid of some rows."""
+        return replace(self, scale=self.scale[start:end], zero=self.zero[start:end])
 
     def round(self, W: Tensor, s: Tensor, z: Tensor) -> Tensor:
         """Nearest codes, still float, of weights with scales s and zero-points z."""
