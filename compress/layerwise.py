@@ -56,9 +56,7 @@ def solve(
     """
     map_large()
     if calibrates(stage, recipe, source):
-        pass_ = _Calibrated(number, stage, recipe, source, before, store)
-        pass_.sensitivities = known or {}
-        yield from pass_.events()
+        yield from _Calibrated(number, stage, recipe, source, before, store, known).events()
     else:
         yield from _without_data(number, stage, source, before, store)
 
@@ -72,9 +70,7 @@ def problems(
     known: dict[str, Sensitivity],
 ) -> Iterator[LayerProblem]:
     """Every problem of a calibrated stage in the model as it is; no solving."""
-    looking = _Calibrated(0, stage, recipe, source, before, store)
-    looking.sensitivities = known
-    yield from looking.problems()
+    yield from _Calibrated(0, stage, recipe, source, before, store, known).problems()
 
 
 def measured_sensitivities(
@@ -131,12 +127,13 @@ class _Calibrated:
         source: Source,
         before: Blocks,
         store: Store,
+        known: dict[str, Sensitivity] | None = None,
     ) -> None:
         assert isinstance(stage.compressor, CalibratedCompressor)
         self.number, self.stage, self.compressor = number, stage, stage.compressor
         self.source, self.before, self.store = source, before, store
         self.forwards = forward_passes(recipe, source)
-        self.sensitivities: dict[str, Sensitivity] = {}
+        self.sensitivities = known or {}
         # as the model runs, in half the memory; processors are slow at float16
         self.dtype = source.dtype if source.dtype == torch.bfloat16 else torch.float32
         self.blocks = {s.name: i for i, b in enumerate(source.anatomy.blocks) for s in b.sites}
