@@ -136,7 +136,8 @@ def exports_table(exporters: list[type[Exporter]], as_json: bool) -> None:
 
     if as_json:
         for cls in exporters:
-            print(json.dumps({"name": cls.name, "needs": cls.needs, "holds": cls.holds}))
+            inputs = {"rounds_inputs": cls.rounds_inputs}
+            print(json.dumps({"name": cls.name, "needs": cls.needs, "holds": cls.holds} | inputs))
         return
     names = [cls.name for cls in exporters]
     table = Table("weights", box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
@@ -144,6 +145,8 @@ def exports_table(exporters: list[type[Exporter]], as_json: bool) -> None:
         table.add_column(name, width=max(len(name), len("expanded")))
     for kind in KINDS:
         table.add_row(kind, *(how(cls, kind) or "—" for cls in exporters))
+    # of w8a8 and fp8: whether what a matrix reads is rounded to 8 bits there, too
+    table.add_row("8-bit inputs", *("kept" if c.rounds_inputs else "left away" for c in exporters))
     needs = Table("format", "needs", box=None, header_style="bold", pad_edge=False)
     for cls in exporters:
         needs.add_row(cls.name, cls.needs)

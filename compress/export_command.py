@@ -54,5 +54,7 @@ def export(
     elif not quiet:
         held = ", ".join(f"{count} matrices {how}" for how, count in done["held"].items())
         screen.print(f"{out}: {done['bytes']:,} bytes; {held}", highlight=False)
+        if done["inputs"].startswith("not"):
+            screen.print(f"what they read is {done['inputs']}", highlight=False)
         if "difference" in done:
             screen.print(f"logits within {done['difference']:.1e} of the folder's")

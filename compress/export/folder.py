@@ -21,6 +21,7 @@ class TransformersExporter(Exporter):
     Weights that only a modelling file can hold are refused: other programs do not run it.
     """
 
+    rounds_inputs: ClassVar[bool] = True
     holds: ClassVar[dict[str, str]] = {
         "dense": "exactly",
         "sparse": "exactly: zeros are stored",

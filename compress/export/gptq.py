@@ -76,7 +76,7 @@ def fits(site: Site, spec: dict[str, Any]) -> bool:
         return False
     rows, columns = spec["shape"]
     whole = rows % WORD == 0 and columns % WORD == 0
-    return whole and columns % spec["group"] == 0 and "activations" not in spec
+    return whole and columns % spec["group"] == 0
 
 
 class GPTQFormat(Format):

@@ -21,7 +21,14 @@ from compress.anatomy import Site
 from compress.blockwise import put
 from compress.errors import CheckpointError, ModelError
 from compress.memory import give_back
-from compress.runtime.linear import NoKernel, PackedEmbedding, PackedLinear, matrix_of, mostly_zeros
+from compress.runtime.linear import (
+    NoKernel,
+    PackedEmbedding,
+    PackedLinear,
+    Plain,
+    matrix_of,
+    mostly_zeros,
+)
 from compress.runtime.matrices import DTYPE, Matrix
 from compress.source import read_json
 from compress.stored import UNPACKED, Stored
@@ -101,30 +108,30 @@ def _place(
 ) -> None:
     """Put a site's weight into its module, and into those tied to it."""
     weight = stored.weight(site)
-    names = (site.name, *site.aliases)
+    rounding = weight.spec.get("activations")
     dense = weight.dense() if weight.kind in ("dense", "sparse") else None
+    matrix: Matrix | None = None
     if dense is None or (site.layout != "embedding" and mostly_zeros(dense)):
         try:
             _check(model, site, weight)
             matrix = matrix_of(weight, dtype)
         except NoKernel as reason:
             report.unpacked[site.name] = str(reason)
-        else:
-            for name in names:
-                old = model.get_submodule(name)
-                rounding = weight.spec.get("activations")
-                bias = getattr(old, "bias", None)
-                new = (
-                    PackedEmbedding(matrix, dtype)
-                    if isinstance(old, nn.Embedding)
-                    else PackedLinear(matrix, bias, dtype, rounding)
-                )
-                model.set_submodule(name, new)
-            report.kernels[site.name] = matrix.kernel
-            return
-    dense = (weight.dense() if dense is None else dense).to(dtype)
-    put(model, stored.anatomy, site.parameter, dense.T if site.layout == "conv1d" else dense)
-    report.kernels[site.name] = "dense"
+            if rounding is not None:  # which a plain module would not do
+                matrix = Plain(weight.dense().to(dtype))
+    report.kernels[site.name] = "dense" if matrix is None else matrix.kernel
+    if matrix is None:
+        dense = (weight.dense() if dense is None else dense).to(dtype)
+        put(model, stored.anatomy, site.parameter, dense.T if site.layout == "conv1d" else dense)
+        return
+    for name in (site.name, *site.aliases):
+        old = model.get_submodule(name)
+        new = (
+            PackedEmbedding(matrix, dtype)
+            if isinstance(old, nn.Embedding)
+            else PackedLinear(matrix, getattr(old, "bias", None), dtype, rounding)
+        )
+        model.set_submodule(name, new)
 
 
 def _check(model: nn.Module, site: Site, weight: Weight) -> None:

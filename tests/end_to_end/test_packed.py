@@ -44,6 +44,7 @@ FOLDERS: dict[str, tuple[str, set[str], list[dict[str, Any]]]] = {
     "many zeros": ("llama", {"dense", "csr"}, [{"use": "magnitude", "sparsity": 0.8}]),
     "half of it zeros": ("llama", {"dense"}, [{"use": "magnitude"}]),
     "no kernel": ("llama", {"dense"}, [{"use": "nf4"}]),
+    "float8": ("llama", {"dense"}, [{"use": "fp8", "activations": True}]),
     "residual": (
         "llama",
         {"dense", "int4 + two products"},
@@ -53,7 +54,7 @@ FOLDERS: dict[str, tuple[str, set[str], list[dict[str, Any]]]] = {
     "two stacks": ("t5", {"dense", "int4"}, [{"use": "rtn"}]),
 }
 ODD = {"hidden_size": 72, "intermediate_size": 100}  # fills neither blocks nor groups
-UNPACKED = ("no kernel", "groups of 24")
+UNPACKED = ("no kernel", "float8", "groups of 24")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
