@@ -34,8 +34,8 @@ def load(
     """The model in a checkpoint folder, in eval mode: ours, any Hugging Face folder, or ``demo``.
 
     ``runtime``: "transformers" unpacks what has no kernel there; "packed" computes with weights as
-    they are stored (``compress.runtime.packed``); "onnx" runs in onnxruntime, as folders with
-    nothing but ONNX graphs do whatever is asked.
+    they are stored, on the CPU (``compress.runtime.packed``); "onnx" runs in onnxruntime, as
+    folders with nothing but ONNX graphs do whatever is asked.
 
     A GGUF file, or a folder that holds nothing else, is unpacked by transformers; the layouts of
     GPTQ and AWQ are unpacked here.

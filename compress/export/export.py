@@ -13,6 +13,7 @@ from torch import Tensor, float32
 from compress import registry
 from compress.checkpoint import load
 from compress.errors import CheckpointError, RecipeError, did_you_mean
+from compress.export import vllm
 from compress.export.base import Exporter, Held, probe, run
 from compress.preflight import check_output
 from compress.stored import Stored
@@ -38,8 +39,8 @@ def export(
     ``options`` are the exporter's fields. The output is written aside; before it appears at
     ``out``, its logits on a fixed probe are compared with those of ``load(folder)``, which takes
     the memory of both and which ``verify`` False leaves out. Returns a record: bytes, how many
-    sites are held how, whether what they read is rounded, and the relative difference of the
-    logits.
+    sites are held how, whether what they read is rounded, whether vLLM reads the folder, and the
+    relative difference of the logits.
 
     Raises:
         RecipeError: no such format or option. ModelError: the folder cannot be read.
@@ -70,6 +71,8 @@ def export(
                 "rounded_again": [name for name, how in held.items() if how == "rounded again"],
                 **notes,
             }
+            if any(draft.glob("*.safetensors")):
+                record["vllm"] = vllm.said(Stored(draft))
             if verify:
                 record |= _check(exporter, stored, draft, bool(record["rounded_again"]))
             place(draft, out)

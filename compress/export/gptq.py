@@ -27,7 +27,9 @@ class GPTQExporter(Exporter):
     packed are plain tensors.
     """
 
-    needs: ClassVar[str] = "transformers with gptqmodel, vLLM, or compress.load"
+    needs: ClassVar[str] = (
+        "transformers with gptqmodel, compress.load, or vLLM (4 and 8 bits without zero-points)"
+    )
     holds: ClassVar[dict[str, str]] = {
         "dense": "exactly",
         "sparse": "expanded: zeros are stored",

@@ -106,6 +106,19 @@ def test_text_is_generated(source: Callable[..., Path], apply: Callable[..., Pat
     assert packed.tolist() == plain.tolist()
 
 
+def test_it_stays_where_its_kernels_are(
+    source: Callable[..., Path], apply: Callable[..., Path]
+) -> None:
+    for name in ("factors", "4 bits", "sparse"):
+        model = load(apply(source("llama"), FOLDERS[name][2], name=name), runtime="packed")
+        with pytest.raises(ModelError, match="runtime='transformers', or serve with vLLM"):
+            model.to("meta")
+        for cast in (model.half, model.double):
+            with pytest.raises(ModelError, match="keeps the dtypes"):
+                cast()
+        assert model.to("cpu")(input_ids=torch.arange(4)[None]).logits.isfinite().all()
+
+
 def test_what_the_kernels_do_not_compute_is_refused(
     source: Callable[..., Path], apply: Callable[..., Path]
 ) -> None:
