@@ -71,6 +71,10 @@ def command(folder: Path, host: str, port: int, server: str | None) -> list[str]
             f"{folder} brings its own modelling file, which servers do not run; write a folder "
             f"without one: compress export {folder} --to dense --out DIR"
         )
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no safetensors file, which servers load; serve the folder it was made from"
+        )
     refused = None
     if find_spec("vllm") and server != "transformers":
         from compress.export import vllm

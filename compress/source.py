@@ -179,6 +179,8 @@ class Source:
                 if pickled
                 else ""
             )
+            if any(self.folder.glob("*.onnx")):
+                hint = "; it holds ONNX graphs, which runtime='onnx' runs and nothing is made from"
             raise ModelError(f"{self.folder}: no model*.safetensors file{hint}")
         return files
 

@@ -21,7 +21,11 @@ from compress.stored import Stored
 VERSION = "0.33.0"
 MARLIN_GROUPS = (32, 64, 128)
 # Matrices that are one there, and so need one setting.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("gate_proj", "up_proj"))
+FUSED: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+)
 HOLDS = {  # kind of weight → in which folders it is read
     "dense": "yes",
     "sparse": "yes, zeros stored: its support for 2:4 is gone",
