@@ -34,7 +34,8 @@ def load(
     """The model in a checkpoint folder, in eval mode: ours, any Hugging Face folder, or ``demo``.
 
     ``runtime``: "transformers" unpacks what has no kernel there; "packed" computes with weights as
-    they are stored (``compress.runtime.packed``); "onnx" runs in onnxruntime.
+    they are stored, on the CPU (``compress.runtime.packed``); "onnx" runs in onnxruntime, as
+    folders with nothing but ONNX graphs do whatever is asked.
 
     A GGUF file, or a folder that holds nothing else, is unpacked by transformers; the layouts of
     GPTQ and AWQ are unpacked here.
@@ -46,6 +47,8 @@ def load(
         ModelError: not a model folder, or an unknown runtime. CheckpointError: tensors are missing
             or do not fit.
     """
+    if runtime == "transformers" and _holds_onnx(resolve(path)):
+        runtime, dtype = "onnx", None if dtype is torch.float32 else dtype
     if runtime != "transformers":
         if runtime not in RUNTIMES:
             known = ", ".join(("transformers", *RUNTIMES))
@@ -160,11 +163,23 @@ def load_tokenizer(path: str | Path) -> Any | None:
         raise ModelError(f"{folder}: the tokenizer does not load: {_last(error)}") from error
 
 
-def fingerprint(path: str | Path) -> str:
-    """The ``digest`` of a model folder that may be compressed, or of a GGUF file."""
-    folder = resolve(path)
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights: safetensors, else one GGUF file, or ONNX graphs
+    and their data."""
     file = gguf_file.find(folder)
-    return digest(folder, [file] if file else sorted(folder.glob("*.safetensors")))
+    if file is not None:
+        return [file]
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.onnx*"))
+
+
+def _holds_onnx(folder: Path) -> bool:
+    return any(file.suffix == ".onnx" for file in weight_files(folder))
+
+
+def fingerprint(path: str | Path) -> str:
+    """The ``digest`` of a model folder that may be compressed or exported, or of a GGUF file."""
+    folder = resolve(path)
+    return digest(folder, weight_files(folder))
 
 
 def record(path: str | Path) -> dict[str, Any]:

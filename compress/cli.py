@@ -260,16 +260,18 @@ def verify(folders: Folders, as_json: Json = False, quiet: Quiet = False) -> Non
 
     [bold]compress verify ./my-model-int4[/]
     """
+    from compress.export import vllm
+    from compress.stored import Stored
     from compress.verify import verify as check
 
     for folder in folders:
-        found = check(folder)
+        found = check(folder) | {"vllm": vllm.said(Stored(folder))}
         if as_json:
             print(json.dumps(found))
         elif not quiet:
             screen.print(
                 f"[green]ok[/] {folder}: loads with {found['loads_with']}, logits within "
-                f"{found['difference']:.1e}",
+                f"{found['difference']:.1e}; vLLM {vllm.VERSION} {found['vllm']}",
                 highlight=False,
             )
 

@@ -132,11 +132,13 @@ def listing(rows: list[tuple[str, str, EntryPoint]]) -> None:
 
 def exports_table(exporters: list[type[Exporter]], as_json: bool) -> None:
     """Which kinds of weight each format holds, and how; on standard output."""
+    from compress.export import vllm
     from compress.export.export import KINDS, how
 
     if as_json:
         for cls in exporters:
-            print(json.dumps({"name": cls.name, "needs": cls.needs, "holds": cls.holds}))
+            inputs = {"rounds_inputs": cls.rounds_inputs}
+            print(json.dumps({"name": cls.name, "needs": cls.needs, "holds": cls.holds} | inputs))
         return
     names = [cls.name for cls in exporters]
     table = Table("weights", box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
@@ -144,13 +146,21 @@ def exports_table(exporters: list[type[Exporter]], as_json: bool) -> None:
         table.add_column(name, width=max(len(name), len("expanded")))
     for kind in KINDS:
         table.add_row(kind, *(how(cls, kind) or "—" for cls in exporters))
-    needs = Table("format", "needs", box=None, header_style="bold", pad_edge=False)
+    # of w8a8 and fp8: whether what a matrix reads is rounded to 8 bits there, too
+    table.add_row("8-bit inputs", *("kept" if c.rounds_inputs else "left away" for c in exporters))
+    plain: dict[str, Any] = {"box": None, "header_style": "bold", "pad_edge": False}
+    needs = Table("format", "needs", **plain)
     for cls in exporters:
         needs.add_row(cls.name, cls.needs)
+    server = Table(
+        "weights", f"in vLLM {vllm.VERSION}", box=None, header_style="bold", pad_edge=False
+    )
+    for kind, how_held in vllm.HOLDS.items():
+        server.add_row(kind, how_held)
     console = Console()
-    console.print(table)
-    console.print()
-    console.print(needs)
+    for each in (table, needs, server):
+        console.print(each)
+        console.print()
 
 
 def bounds(field: dict[str, Any]) -> str:

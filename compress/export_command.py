@@ -37,6 +37,7 @@ def export(
     from compress import registry
     from compress.export.base import Exporter
     from compress.export.export import export as exported
+    from compress.export.vllm import VERSION
 
     if list_all:
         names = registry.available(registry.EXPORTERS)
@@ -54,5 +55,9 @@ def export(
     elif not quiet:
         held = ", ".join(f"{count} matrices {how}" for how, count in done["held"].items())
         screen.print(f"{out}: {done['bytes']:,} bytes; {held}", highlight=False)
+        if done["inputs"].startswith("not"):
+            screen.print(f"what they read is {done['inputs']}", highlight=False)
+        if "vllm" in done:
+            screen.print(f"vLLM {VERSION} {done['vllm']}", highlight=False)
         if "difference" in done:
             screen.print(f"logits within {done['difference']:.1e} of the folder's")

@@ -155,12 +155,25 @@ class CompressedTensors(Format):
 
     def _dequantize(self) -> bool:
         """Whether transformers must unpack while loading: what its lazy path cannot hold."""
-        return self.adapter or any(
-            site.layout == "embedding"
-            or not self.specs[site.name].get("symmetric", True)
-            or self.kept_apart(site)
-            for site in self.of_kind("quantized", "float8")
+        return (
+            self.adapter
+            or self._reads_outputs()
+            or any(
+                site.layout == "embedding"
+                or not self.specs[site.name].get("symmetric", True)
+                or self.kept_apart(site)
+                for site in self.of_kind("quantized", "float8")
+            )
         )
+
+    def _reads_outputs(self) -> bool:
+        """Whether the model is an encoder-decoder with a tensor of its own (Bart's logits bias).
+
+        The lazy path hands such a module what it is called with anew, an encoder's outputs as a
+        dict without their type, which the model does not take (compressed-tensors 0.20).
+        """
+        names = (name for block in self.anatomy.blocks for name in block.tensors)
+        return bool(self.config.is_encoder_decoder) and any("." not in name for name in names)
 
     def tensors(self, site: Site, weight: Weight) -> dict[str, Tensor]:
         if weight.kind == "float8":

@@ -71,12 +71,24 @@ def command(folder: Path, host: str, port: int, server: str | None) -> list[str]
             f"{folder} brings its own modelling file, which servers do not run; write a folder "
             f"without one: compress export {folder} --to dense --out DIR"
         )
-    server = server or ("vllm" if find_spec("vllm") else "transformers")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no safetensors file, which servers load; serve the folder it was made from"
+        )
+    refused = None
+    if find_spec("vllm") and server != "transformers":
+        from compress.export import vllm
+        from compress.stored import Stored
+
+        refused = vllm.refusal(Stored(folder))
+    server = server or ("vllm" if find_spec("vllm") and not refused else "transformers")
     start = [sys.executable, "-m"]
     where = ["--host", host, "--port", str(port)]
     if server == "vllm":
         if not find_spec("vllm"):
             raise CheckpointError("vllm is not installed: pip install vllm")
+        if refused:
+            raise ModelError(f"{folder}: vLLM does not run it: {refused}")
         module = "vllm.entrypoints.openai.api_server"
         return [*start, module, "--model", str(folder), *where]
     missing = [name for name in ("fastapi", "uvicorn") if not find_spec(name)]

@@ -179,6 +179,8 @@ class Source:
                 if pickled
                 else ""
             )
+            if any(self.folder.glob("*.onnx")):
+                hint = "; it holds ONNX graphs, which runtime='onnx' runs and nothing is made from"
             raise ModelError(f"{self.folder}: no model*.safetensors file{hint}")
         return files
 
@@ -303,10 +305,10 @@ class Source:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of most of the model's numbers, as stored."""
+        """The dtype of most of the model's numbers, as stored; packed ones, of 8 bits, aside."""
         counts: dict[torch.dtype, int] = {}
         for name, shape, dtype in self.headers():
-            if dtype.is_floating_point and name:
+            if dtype.is_floating_point and dtype.itemsize > 1 and name:
                 counts[dtype] = counts.get(dtype, 0) + shape.numel()
         return max(counts, key=lambda d: counts[d])
 
@@ -324,7 +326,8 @@ class Source:
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
            "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
-           "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+           "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
 
 
 def open_file(file: Path) -> Any:

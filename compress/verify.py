@@ -187,16 +187,20 @@ def probe_inputs(model: Any) -> dict[str, Any]:
         return {"pixel_values": {"shape": [1, config.num_channels, height, width]}}
     if model.main_input_name == "input_features":
         frames = 2 * config.max_source_positions
-        inputs: dict[str, Any] = {"input_features": {"shape": [1, config.num_mel_bins, frames]}}
-        if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = {"shape": [1, 8], "modulo": vocabulary}
-        return inputs
+        features = {"input_features": {"shape": [1, config.num_mel_bins, frames]}}
+        return features | written_inputs(config)
     if model.main_input_name == "input_ids" and vocabulary:
-        inputs = {"input_ids": {"shape": [1, 16], "modulo": vocabulary}}
-        if config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = {"shape": [1, 8], "modulo": vocabulary}
-        return inputs
+        tokens = {"input_ids": {"shape": [1, 16], "modulo": vocabulary}}
+        return tokens | written_inputs(config)
     raise ModelError(
         f"{type(model).__name__} takes {model.main_input_name}; only text, images and "
         "audio features are understood"
     )
+
+
+def written_inputs(config: Any) -> dict[str, Any]:
+    """Those of ``probe_inputs`` that the decoder of an encoder-decoder writes."""
+    if not config.is_encoder_decoder:
+        return {}
+    vocabulary = config.get_text_config().vocab_size
+    return {"decoder_input_ids": {"shape": [1, 8], "modulo": vocabulary}}

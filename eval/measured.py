@@ -11,9 +11,9 @@ from typing import Any
 import yaml
 
 from compress import checkpoint, gguf_file
+from compress.checkpoint import weight_files
 from compress.errors import CheckpointError
 from eval.metrics.base import read_config
-from eval.metrics.size import weight_files
 from eval.results import Result, read
 
 WHERE = {"use", "targets", "skip", "blocks", "budget"}  # a stage's keys that are not the method's

@@ -31,6 +31,8 @@ class Exporter(BaseModel, ABC):
     needs   what must be installed to write and to read it, in words
     holds   kind of weight → ``Held``, maybe with a colon and the reason; others are refused
     suffix  of the file that it writes; empty for a folder
+    rounds_inputs  whether readers round what a matrix reads to 8 bits where the folder says so
+            (w8a8, fp8); where they do not, products are of what comes in as it is
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
@@ -39,6 +41,7 @@ class Exporter(BaseModel, ABC):
     needs: ClassVar[str] = "transformers"
     holds: ClassVar[dict[str, str]] = {}
     suffix: ClassVar[str] = ""
+    rounds_inputs: ClassVar[bool] = False
 
     def refusal(self, stored: Stored) -> str | None:
         """Why this model cannot be held, beyond its kinds of weight; None when it can."""

@@ -13,6 +13,7 @@ from torch import Tensor, float32
 from compress import registry
 from compress.checkpoint import load
 from compress.errors import CheckpointError, RecipeError, did_you_mean
+from compress.export import vllm
 from compress.export.base import Exporter, Held, probe, run
 from compress.preflight import check_output
 from compress.stored import Stored
@@ -38,7 +39,8 @@ def export(
     ``options`` are the exporter's fields. The output is written aside; before it appears at
     ``out``, its logits on a fixed probe are compared with those of ``load(folder)``, which takes
     the memory of both and which ``verify`` False leaves out. Returns a record: bytes, how many
-    sites are held how, and the relative difference of the logits.
+    sites are held how, whether what they read is rounded, whether vLLM reads the folder, and the
+    relative difference of the logits.
 
     Raises:
         RecipeError: no such format or option. ModelError: the folder cannot be read.
@@ -65,9 +67,12 @@ def export(
                 "out": str(out),
                 "bytes": sum(f.stat().st_size for f in [draft, *draft.rglob("*")] if f.is_file()),
                 "held": dict(Counter(held.values())),
+                "inputs": _inputs(exporter, stored),
                 "rounded_again": [name for name, how in held.items() if how == "rounded again"],
                 **notes,
             }
+            if any(draft.glob("*.safetensors")):
+                record["vllm"] = vllm.said(Stored(draft))
             if verify:
                 record |= _check(exporter, stored, draft, bool(record["rounded_again"]))
             place(draft, out)
@@ -112,6 +117,15 @@ def _held(exporter: Exporter, stored: Stored) -> dict[str, Held | None]:
     return {name: how(exporter, spec["kind"]) for name, spec in stored.specs.items()}
 
 
+def _inputs(exporter: Exporter, stored: Stored) -> str:
+    """What becomes of the rounding of what matrices read, which the folder asks for."""
+    asked = [name for name, spec in stored.specs.items() if "activations" in spec]
+    if not asked:
+        return "as they are"
+    left = f"not rounded to 8 bits token by token, as {len(asked)} matrices of the folder ask for"
+    return "rounded to 8 bits" if exporter.rounds_inputs else left
+
+
 def _check(exporter: Exporter, stored: Stored, draft: Path, again: bool) -> dict[str, Any]:
     """Compare the logits of the draft with those of the folder."""
     model = load(stored.folder, dtype=float32)
@@ -121,7 +135,8 @@ def _check(exporter: Exporter, stored: Stored, draft: Path, again: bool) -> dict
     kinds = {spec["kind"] for spec in stored.specs.values()}
     rounds = any("activations" in spec for spec in stored.specs.values())
     allowed = TOLERANCE["bfloat16" if rounds else str(stored.config.dtype).rpartition(".")[2]]
-    allowed = max(allowed, TOLERANCE_INT8 if "int8" in kinds else 0)
+    if "int8" in kinds or (rounds and not exporter.rounds_inputs):
+        allowed = max(allowed, TOLERANCE_INT8)
     if again:
         allowed = TOLERANCE_AGAIN
     difference = _compared(exporter.logits(draft, tokens), expected, allowed, exporter.needs)

@@ -1,4 +1,4 @@
-"""``transformers``: the folder itself, if plain transformers loads it; says whether vLLM does."""
+"""``transformers``: the folder itself, if plain transformers loads it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from compress.export.writing import write_folder
 from compress.formats import Format, ModellingFile, choose
 from compress.stored import Stored
 
-# vllm/model_executor/layers/quantization/compressed_tensors: what its kernels take
-VLLM_BITS, VLLM_GROUPS = (4, 8), (32, 64, 128)
-
 
 class TransformersExporter(Exporter):
     """A folder that plain transformers loads: a copy, or what a modelling file held, written anew.
@@ -21,6 +18,7 @@ class TransformersExporter(Exporter):
     Weights that only a modelling file can hold are refused: other programs do not run it.
     """
 
+    rounds_inputs: ClassVar[bool] = True
     holds: ClassVar[dict[str, str]] = {
         "dense": "exactly",
         "sparse": "exactly: zeros are stored",
@@ -42,41 +40,12 @@ class TransformersExporter(Exporter):
     def write(self, stored: Stored, out: Path) -> dict[str, Any]:
         if hasattr(stored.config, "compressed_sites"):
             write_folder(stored, out, self._format(stored), stored.weight)
-            return {"vllm": vllm(Stored(out)) or "reads it"}
-        shutil.copytree(stored.folder, out)
-        return {"vllm": vllm(stored) or "reads it"}
+        else:
+            shutil.copytree(stored.folder, out)
+        return {}
 
     def _format(self, stored: Stored) -> Format:
         """The plainest that holds the weights as they are."""
         return choose(
             stored.anatomy, stored.specs, stored.model_class, stored.config, storage="dense"
         )
-
-
-def vllm(stored: Stored) -> str | None:
-    """Why vLLM's loader of compressed-tensors would not take the folder; None when it would.
-
-    By what its configuration classes read: groups of settings that parse, and of every packed
-    matrix its codes, scales and shape.
-
-    Raises:
-        ValueError: ``quantization_config`` is not one of compressed-tensors.
-    """
-    said = stored.quantization
-    if said.get("quant_method") != "compressed-tensors":
-        return None
-    from compressed_tensors.quantization import QuantizationConfig
-
-    QuantizationConfig.model_validate(said)
-    for site in stored.anatomy.sites:
-        spec = stored.specs[site.name]
-        if spec["kind"] != "quantized" or "activations" in spec:
-            continue
-        bits, group, columns = spec["bits"], spec["group"], spec["shape"][1]
-        if site.layout != "linear" or site.block is None:
-            return f"it does not run packed embeddings and heads ({site.name})"
-        if bits not in VLLM_BITS:
-            return f"it has no kernel for weights of {bits} bits ({site.name})"
-        if group not in (*VLLM_GROUPS, columns):
-            return f"its kernels take groups of 32, 64 and 128 or rows, not {group} ({site.name})"
-    return None

@@ -27,7 +27,9 @@ class GPTQExporter(Exporter):
     packed are plain tensors.
     """
 
-    needs: ClassVar[str] = "transformers with gptqmodel, vLLM, or compress.load"
+    needs: ClassVar[str] = (
+        "transformers with gptqmodel, compress.load, or vLLM (4 and 8 bits without zero-points)"
+    )
     holds: ClassVar[dict[str, str]] = {
         "dense": "exactly",
         "sparse": "expanded: zeros are stored",
@@ -76,7 +78,7 @@ def fits(site: Site, spec: dict[str, Any]) -> bool:
         return False
     rows, columns = spec["shape"]
     whole = rows % WORD == 0 and columns % WORD == 0
-    return whole and columns % spec["group"] == 0 and "activations" not in spec
+    return whole and columns % spec["group"] == 0
 
 
 class GPTQFormat(Format):

@@ -21,6 +21,7 @@ class HuffmanExporter(Exporter):
     """
 
     needs: ClassVar[str] = ModellingFile.needs
+    rounds_inputs: ClassVar[bool] = True
     holds: ClassVar[dict[str, str]] = {
         "dense": "exactly",
         "sparse": "exactly",

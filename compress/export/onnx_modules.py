@@ -138,6 +138,16 @@ class Added(nn.Module):
         return sum(rest, first)
 
 
+def with_face(stand_in: nn.Module, module: nn.Module) -> nn.Module:
+    """``stand_in`` with what model code asks of ``module`` beside calling it: sizes, and a weight
+    for its dtype."""
+    for name in ("num_embeddings", "embedding_dim", "padding_idx", "in_features", "out_features"):
+        if hasattr(module, name):
+            setattr(stand_in, name, getattr(module, name))
+    stand_in.weight = torch.empty(0)
+    return stand_in
+
+
 def linear(weight: Weight, bias: Tensor | None, level: int) -> nn.Module:
     """A module that computes x · weightᵀ + bias."""
     if isinstance(weight, Sum):

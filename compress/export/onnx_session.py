@@ -16,6 +16,9 @@ from compress.errors import CheckpointError, first_line
 from compress.export.base import required
 
 FILE = "model.onnx"
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"  # in its place for an encoder-decoder
+DATA = f"{FILE}.data"  # the numbers of a folder's graphs
+SMALL = 256  # bytes: constants up to that stay in the graph
 CACHE, SHARED = "cache", "in place"  # in metadata: past and present may be one buffer
 LOGITS_FROM = "logits_from"  # an input: the first token whose logits are wanted
 ROOM = 256  # tokens by which the buffers of a cache grow
@@ -94,6 +97,11 @@ class Session:
                 cache.values = rest
         return torch.from_numpy(first.numpy())
 
+    def all(self, feeds: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every output of a graph without a cache, by its name."""
+        found = self.session.run(None, {name: feeds[name].numpy() for name in self.names})
+        return dict(zip(self.outputs, map(torch.from_numpy, found), strict=True))
+
     def _make_room(self, cache: Cache, batch: int, total: int) -> None:
         """Buffers with room for ``total`` tokens if they are written in place, else empty ones."""
         room = -(-total // ROOM) * ROOM if self.shared else 0
@@ -138,6 +146,12 @@ def text_feeds(tokens: Tensor, mask: Tensor | None = None, past: int = 0) -> dic
         "token_type_ids": torch.zeros_like(tokens),
         "position_ids": positions(mask, length),
     }
+
+
+def files(folder: Path) -> list[Path]:
+    """The graphs of a folder: one, or an encoder's and a decoder's; empty if there are none."""
+    found = [folder / FILE] if (folder / FILE).is_file() else [folder / ENCODER, folder / DECODER]
+    return [file for file in found if file.is_file()]
 
 
 @contextmanager

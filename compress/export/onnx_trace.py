@@ -51,10 +51,12 @@ def filled(stored: Stored, level: int) -> tuple[nn.Module, dict[str, Held]]:
             stand_in = onnx_modules.table(weight)
         else:
             stand_in = onnx_modules.linear(weight, getattr(module, "bias", None), level)
-        model.set_submodule(site.name, stand_in)
+        model.set_submodule(site.name, onnx_modules.with_face(stand_in, module))
         for name, user in zip(site.aliases, users, strict=True):
             bias = getattr(user, "bias", None)
-            model.set_submodule(name, onnx_modules.head(stand_in, weight, bias, level))
+            again = isinstance(user, nn.Embedding)
+            head = stand_in if again else onnx_modules.head(stand_in, weight, bias, level)
+            model.set_submodule(name, onnx_modules.with_face(head, user))
         held[site.name] = onnx_modules.held(weight)
     return model.eval(), held
 
@@ -70,31 +72,23 @@ def traced(model: Any, where: str) -> Any:
     Raises:
         CheckpointError: transformers cannot export this architecture, or packages are missing.
     """
-    required("onnxscript", "onnx")
     ir = required("onnx_ir", "onnx")
-    exporters = required("transformers.exporters.exporter_onnx", "onnx")
     if caches(model):
         _with_choice_of_logits(model)
     # Fusions of norms and rotations upset some graphs.
     ways = [(shared, fusions) for shared in (True, False) for fusions in ("cpu", None)]
     for shared, fusions in ways if caches(model) else ways[2:]:
         try:
-            with _quiet(), onnx_attention.in_place(model) if shared else contextlib.nullcontext():
+            with quiet(), onnx_attention.in_place(model) if shared else contextlib.nullcontext():
                 inputs, shapes = example(model, shared)
-                config = exporters.OnnxConfig(
-                    dynamic=True, dynamic_shapes=shapes, ort_fusions=fusions
-                )
-                program = exporters.OnnxExporter().export(model, inputs, config=config).program
+                program = exported(model, inputs, shapes, fusions)
             if shared:
                 onnx_attention.check(program, len(inputs["past_key_values"].layers))
             break
         except Exception as error:
             failure = error
     else:
-        raise CheckpointError(
-            f"{where}: transformers does not export {type(model).__name__} to ONNX: "
-            f"{type(failure).__name__}: {first_line(failure, 200)}"
-        ) from failure
+        raise refused(model, where, failure) from failure
     if shared:
         onnx_attention.without_reshapes(program)
     _renamed(program, caches(model))
@@ -102,6 +96,23 @@ def traced(model: Any, where: str) -> Any:
     if shared:
         program.metadata_props[onnx_session.CACHE] = onnx_session.SHARED
     return program
+
+
+def exported(
+    module: nn.Module, inputs: dict[str, Any], shapes: dict[str, Any], fusions: str | None
+) -> Any:
+    """The ``onnx_ir.Model`` of a module, by transformers' exporter."""
+    required("onnxscript", "onnx")
+    exporters = required("transformers.exporters.exporter_onnx", "onnx")
+    config = exporters.OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions=fusions)
+    return exporters.OnnxExporter().export(module, inputs, config=config).program
+
+
+def refused(model: Any, where: str, failure: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: transformers does not export {type(model).__name__} to ONNX: "
+        f"{type(failure).__name__}: {first_line(failure, 200)}"
+    )
 
 
 def caches(model: Any) -> bool:
@@ -161,16 +172,9 @@ def _cache(model: Any, batch: int, length: int, shared: bool) -> DynamicCache:
 
 
 def _renamed(program: Any, cached: bool) -> None:
-    """Names as other exporters give them; nothing of where and when it was traced, or between."""
+    """Names as other exporters give them."""
     graph = program.graph
-    for node in graph.all_nodes():
-        node.metadata_props.clear()
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if not value.is_graph_output():
-                value.shape = value.type = None  # onnxruntime works them out
-    for thing in (program, graph, *graph.inputs, *graph.initializers.values()):
-        thing.metadata_props.clear()
+    anonymous(program)
     for value in (*graph.inputs, *graph.outputs):
         parts = value.name.removeprefix("input.").removeprefix("output.").split(".")
         if parts[0] == "past_key_values":
@@ -188,6 +192,19 @@ def _renamed(program: Any, cached: bool) -> None:
         graph.outputs[0].name = "logits"
 
 
+def anonymous(program: Any) -> None:
+    """Take out of a graph what tells where and when it was traced, and shapes in between."""
+    graph = program.graph
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+            if not value.is_graph_output():
+                value.shape = value.type = None  # onnxruntime works them out
+    for thing in (program, graph, *graph.inputs, *graph.initializers.values()):
+        thing.metadata_props.clear()
+
+
 def _choice_of_logits(program: Any, ir: Any) -> None:
     """Make an input of where the head begins to read, zero where it is left away."""
     for name, value in list(program.graph.initializers.items()):
@@ -198,7 +215,7 @@ def _choice_of_logits(program: Any, ir: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hold back what torch and transformers say while they trace."""
     old = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.anatomy import Site
-from compress.checkpoint import RECORD, record
+from compress.checkpoint import RECORD, record, weight_files
 from compress.formats import Format, Shapes, shapes_of
 from compress.stored import Stored
 from compress.weights import Weight
@@ -57,7 +57,7 @@ def keep_record(folder: Path, out: Path, storage: str, loads_with: str) -> None:
     info = record(folder)
     if not info:
         return
-    files = sorted(out.glob("*.safetensors"))
+    files = weight_files(out)
     info |= {"storage": storage, "loads_with": loads_with, "exported": storage}
     info["bytes"] = info["bytes"] | {"disk": sum(file.stat().st_size for file in files)}
     info["files"] = {file.name: sha256(file) for file in files}

@@ -42,7 +42,7 @@ class Matrix(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [tokens, in] · selfᵀ: [tokens, out]."""
         x = pad(x, (0, self.missing)) if self.missing else x
-        if len(x) <= self.few and x.device.type == "cpu":
+        if len(x) <= self.few:
             return self.multiply(x)
         pieces = [self.product(x, start, end) for start, end in self.pieces()]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,14 @@ from compress.anatomy import Site
 from compress.blockwise import put
 from compress.errors import CheckpointError, ModelError
 from compress.memory import give_back
-from compress.runtime.linear import NoKernel, PackedEmbedding, PackedLinear, matrix_of, mostly_zeros
+from compress.runtime.linear import (
+    NoKernel,
+    PackedEmbedding,
+    PackedLinear,
+    Plain,
+    matrix_of,
+    mostly_zeros,
+)
 from compress.runtime.matrices import DTYPE, Matrix
 from compress.source import read_json
 from compress.stored import UNPACKED, Stored
@@ -53,8 +61,8 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
     """The model in a folder, computing with its weights as they are stored.
 
     With packed integers it computes in bfloat16, whatever the folder's dtype. ``packed_report`` of
-    the model says how each matrix is computed. Saving or training it is not possible. No code of
-    the folder is run.
+    the model says how each matrix is computed. It stays on the CPU, for whose kernels matrices are
+    laid out, and can neither be saved nor trained. No code of the folder is run.
 
     Raises:
         ModelError: not a model folder, a layout that is not known, or another dtype than the
@@ -86,8 +94,30 @@ def load(path: str | Path, *, dtype: torch.dtype | None = None) -> PreTrainedMod
         raise CheckpointError(f"{stored.folder}: {len(left)} tensors are missing, first {left[0]}")
     stored.set_generation(model)
     report.notes = _notes(model, grids)
-    model.__dict__ |= {"packed_report": report, "save_pretrained": _refuse_to_save}
+    model.__dict__ |= {
+        "packed_report": report,
+        "save_pretrained": _refuse_to_save,
+        "_apply": partial(_apply, model),
+    }
     return model.requires_grad_(False).eval()
+
+
+def _apply(model: PreTrainedModel, fn: Any, recurse: bool = True) -> PreTrainedModel:
+    """In place of the model's own, where .to(), .half() and .cuda() pass.
+
+    Raises:
+        ModelError: numbers would leave the CPU, or the dtypes that its kernels take.
+    """
+    for dtype in (DTYPE, torch.float32):
+        found = fn(torch.empty(0, dtype=dtype))
+        if found.device.type != "cpu":
+            raise ModelError(
+                f"packed weights are laid out for the CPU's kernels, not for {found.device}; on a "
+                "GPU load with runtime='transformers', or serve with vLLM"
+            )
+        if found.dtype != dtype:
+            raise ModelError("a packed model keeps the dtypes that its kernels take")
+    return type(model)._apply(model, fn, recurse)
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
@@ -101,30 +131,30 @@ def _place(
 ) -> None:
     """Put a site's weight into its module, and into those tied to it."""
     weight = stored.weight(site)
-    names = (site.name, *site.aliases)
+    rounding = weight.spec.get("activations")
     dense = weight.dense() if weight.kind in ("dense", "sparse") else None
+    matrix: Matrix | None = None
     if dense is None or (site.layout != "embedding" and mostly_zeros(dense)):
         try:
             _check(model, site, weight)
             matrix = matrix_of(weight, dtype)
         except NoKernel as reason:
             report.unpacked[site.name] = str(reason)
-        else:
-            for name in names:
-                old = model.get_submodule(name)
-                rounding = weight.spec.get("activations")
-                bias = getattr(old, "bias", None)
-                new = (
-                    PackedEmbedding(matrix, dtype)
-                    if isinstance(old, nn.Embedding)
-                    else PackedLinear(matrix, bias, dtype, rounding)
-                )
-                model.set_submodule(name, new)
-            report.kernels[site.name] = matrix.kernel
-            return
-    dense = (weight.dense() if dense is None else dense).to(dtype)
-    put(model, stored.anatomy, site.parameter, dense.T if site.layout == "conv1d" else dense)
-    report.kernels[site.name] = "dense"
+            if rounding is not None:  # which a plain module would not do
+                matrix = Plain(weight.dense().to(dtype))
+    report.kernels[site.name] = "dense" if matrix is None else matrix.kernel
+    if matrix is None:
+        dense = (weight.dense() if dense is None else dense).to(dtype)
+        put(model, stored.anatomy, site.parameter, dense.T if site.layout == "conv1d" else dense)
+        return
+    for name in (site.name, *site.aliases):
+        old = model.get_submodule(name)
+        new = (
+            PackedEmbedding(matrix, dtype)
+            if isinstance(old, nn.Embedding)
+            else PackedLinear(matrix, getattr(old, "bias", None), dtype, rounding)
+        )
+        model.set_submodule(name, new)
 
 
 def _check(model: nn.Module, site: Site, weight: Weight) -> None:

@@ -3,7 +3,8 @@
     python -m eval.benchmarks.exports runs/exports
 
 The first table has every checkpoint in every format that can hold it, with the relative difference
-of the logits to the folder's. The second (needs llama-cpp-python) has nll on evaluation text by
+of the logits to the folder's, by what reads it, by llama.cpp, and by onnxruntime with 8-bit
+activations. The second (needs llama-cpp-python) has nll on evaluation text by
 llama.cpp and by this library, on the same tokens, and beside ours the files that llama.cpp makes of
 the dense model itself.
 """
@@ -33,6 +34,8 @@ CHECKPOINTS: dict[str, list[dict[str, Any]]] = {
     "gptq-8": [{"use": "gptq", "bits": 8}],
     "gptq-4-all-32": [{"use": "gptq", "bits": 4, "group": 32, "targets": ["all"]}],
     "gptq-5-all-32": [{"use": "gptq", "bits": 5, "group": 32, "targets": ["all"]}],
+    "w8a8": [{"use": "w8a8"}],
+    "fp8": [{"use": "fp8", "activations": True}],
     "svd-80": [{"use": "svd", "ratio": 0.8}],
     "depth-83": [{"use": "depth", "amount": 0.17}],
 }
@@ -57,8 +60,8 @@ def main() -> None:
 
 def held(folders: dict[str, str], out: Path) -> None:
     """Every checkpoint in every format."""
-    print("| checkpoint | format | bytes | held | logits, relative | by llama.cpp |")
-    print("|---|---|---:|---|---:|---:|")
+    print("| checkpoint | format | bytes | held | logits, relative | by other readers | vLLM |")
+    print("|---|---|---:|---|---:|---:|---|")
     for name, folder in folders.items():
         for to in registry.available(registry.EXPORTERS):
             place = out / "exports" / f"{name}-{to}{'.gguf' if to == 'gguf' else ''}"
@@ -66,12 +69,13 @@ def held(folders: dict[str, str], out: Path) -> None:
             try:
                 made = export(folder, to, place, overwrite=True)
             except CheckpointError as error:
-                print(f"| {name} | {to} | | {str(error).partition(': ')[2]} | | |", flush=True)
+                print(f"| {name} | {to} | | {str(error).partition(': ')[2]} | | | |", flush=True)
                 continue
             said = ", ".join(f"{count} {how}" for how, count in made["held"].items())
             others = made.get("differences", {}).values()
             print(f"| {name} | {to} | {made['bytes']:,} | {said} | {made['difference']:.1e} "
-                  f"| {', '.join(f'{x:.1e}' for x in others)} |", flush=True)  # fmt: skip
+                  f"| {', '.join(f'{x:.1e}' for x in others)} | {made.get('vllm', '')} |",
+                  flush=True)  # fmt: skip
 
 
 def compared(folders: dict[str, str], out: Path) -> None:

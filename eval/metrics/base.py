@@ -278,7 +278,7 @@ def fingerprint(folder: Path) -> str:
     """SHA-256 of a folder's weights and configuration, its first 16 hexadecimal digits."""
     digest = hashlib.sha256()
     packed = gguf_file.find(folder)
-    files = [*sorted(folder.glob("*.safetensors")), *sorted(folder.glob("*config.json"))]
+    files = [*checkpoint.weight_files(folder), *sorted(folder.glob("*config.json"))]
     for path in [packed] if packed else files:
         digest.update(path.name.encode())
         with path.open("rb") as file:

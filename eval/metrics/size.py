@@ -14,7 +14,7 @@ from eval.results import Result
 
 
 class SizeBytes(Metric):
-    """Bytes of the folder's safetensors files, adapters included, or of the GGUF file."""
+    """Bytes of the folder's safetensors files, adapters included, or of its GGUF or ONNX files."""
 
     name = "size_bytes"
     unit = "bytes"
@@ -38,19 +38,13 @@ class BitsPerParam(Metric):
         return self.result(context, 8 * size_bytes(context.path) / count, detail=detail)
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The folder's safetensors files, or the one GGUF file."""
-    packed = gguf_file.find(folder)
-    return [packed] if packed else sorted(folder.glob("*.safetensors"))
-
-
 def size_bytes(folder: Path) -> int:
     """Bytes on disk of the folder's weights.
 
     Raises:
         CheckpointError: there are none.
     """
-    files = weight_files(folder)
+    files = checkpoint.weight_files(folder)
     if not files:
         raise CheckpointError(f"{folder}: no .safetensors file; save the weights as safetensors")
     return sum(file.stat().st_size for file in files)
@@ -89,7 +83,7 @@ def count_parameters(folder: Path) -> int:
         return gguf_file.tensors(packed).total()
     tied = read_config(folder).get("tie_word_embeddings") is True
     tensors: dict[str, Any] = {}
-    for file in weight_files(folder):
+    for file in checkpoint.weight_files(folder):
         tensors |= header(file)
     count = 0
     for name, entry in tensors.items():

@@ -250,6 +250,7 @@ def test_verify(compress: Run, done: Path, tmp_path: Path) -> None:
     found = json.loads(answer.out)
     assert found["storage"] == "compressed-tensors"
     assert found["difference"] <= found["tolerance"]
+    assert found["vllm"] == "reads it"
     copy = Path(shutil.copytree(done / "rtn-4", tmp_path / "copy"))
     weights = bytearray((copy / "model.safetensors").read_bytes())
     weights[-1000] ^= 1

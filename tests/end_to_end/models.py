@@ -68,6 +68,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "num_heads": 2, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1,
         },
     ),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            **TOKENS, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 128,
+            "decoder_ffn_dim": 128, "max_position_embeddings": 64, "decoder_start_token_id": 0,
+            "forced_eos_token_id": None, "init_std": 0.15,
+        },
+    ),
     "vit": (
         "ViTForImageClassification",
         "ViTConfig",

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,8 +17,10 @@ import models
 import pytest
 import torch
 from test_stored import FOLDERS
+from typer.testing import CliRunner
 
 from compress.checkpoint import load, load_tokenizer
+from compress.cli import app
 from compress.errors import CheckpointError, ModelError, RecipeError
 from compress.export.export import export, make, refusal
 from compress.stored import Stored
@@ -45,6 +48,7 @@ HELD: dict[str, dict[str, set[str]]] = {
     "gptq": {
         "packed": {"exactly"}, "whole rows": {"exactly"}, "zero-points": {"exactly"},
         "mixed": {"exactly"}, "tables": {"exactly", "expanded"}, "Conv1D": {"exactly", "expanded"},
+        "a byte a code": {"exactly"},
     },
     "huffman": {
         "packed": {"exactly"}, "whole rows": {"exactly"}, "zero-points": {"exactly"},
@@ -91,6 +95,25 @@ def test_every_folder_in_every_format(name: str, source: Made, apply: Made, tmp_
             with pytest.raises(CheckpointError, match="cannot hold it"):
                 export(folder, to, out)
             assert not list(out.parent.iterdir())
+
+
+def test_it_is_said_whether_inputs_are_still_rounded(
+    source: Made, apply: Made, tmp_path: Path
+) -> None:
+    plain, rounding = (
+        apply(source("llama"), [stage], name=stage["use"])
+        for stage in ({"use": "rtn", "bits": 8}, {"use": "fp8", "activations": True})
+    )
+    said = {
+        to: export(rounding, to, tmp_path / to)["inputs"] for to in ("transformers", "dense")
+    }
+    assert said["transformers"] == "rounded to 8 bits"
+    assert re.match("not rounded .* as 14 matrices of the folder ask for", said["dense"])
+    assert export(plain, "dense", tmp_path / "plain")["inputs"] == "as they are"
+    shown = CliRunner().invoke(
+        app, ["export", str(rounding), "--to", "dense", "--out", str(tmp_path / "more")]
+    )
+    assert "what they read is not rounded" in shown.stderr.replace("\n", " ")
 
 
 def test_codes_come_back_from_gptq_as_they_were(source: Made, apply: Made, tmp_path: Path) -> None:

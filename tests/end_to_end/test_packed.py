@@ -44,6 +44,7 @@ FOLDERS: dict[str, tuple[str, set[str], list[dict[str, Any]]]] = {
     "many zeros": ("llama", {"dense", "csr"}, [{"use": "magnitude", "sparsity": 0.8}]),
     "half of it zeros": ("llama", {"dense"}, [{"use": "magnitude"}]),
     "no kernel": ("llama", {"dense"}, [{"use": "nf4"}]),
+    "float8": ("llama", {"dense"}, [{"use": "fp8", "activations": True}]),
     "residual": (
         "llama",
         {"dense", "int4 + two products"},
@@ -53,7 +54,7 @@ FOLDERS: dict[str, tuple[str, set[str], list[dict[str, Any]]]] = {
     "two stacks": ("t5", {"dense", "int4"}, [{"use": "rtn"}]),
 }
 ODD = {"hidden_size": 72, "intermediate_size": 100}  # fills neither blocks nor groups
-UNPACKED = ("no kernel", "groups of 24")
+UNPACKED = ("no kernel", "float8", "groups of 24")
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -103,6 +104,19 @@ def test_text_is_generated(source: Callable[..., Path], apply: Callable[..., Pat
         for runtime in ("packed", "transformers")
     )
     assert packed.tolist() == plain.tolist()
+
+
+def test_it_stays_where_its_kernels_are(
+    source: Callable[..., Path], apply: Callable[..., Path]
+) -> None:
+    for name in ("factors", "4 bits", "sparse"):
+        model = load(apply(source("llama"), FOLDERS[name][2], name=name), runtime="packed")
+        with pytest.raises(ModelError, match="runtime='transformers', or serve with vLLM"):
+            model.to("meta")
+        for cast in (model.half, model.double):
+            with pytest.raises(ModelError, match="keeps the dtypes"):
+                cast()
+        assert model.to("cpu")(input_ids=torch.arange(4)[None]).logits.isfinite().all()
 
 
 def test_what_the_kernels_do_not_compute_is_refused(
