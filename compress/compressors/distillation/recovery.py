@@ -48,7 +48,9 @@ class Recovery(TrainingCompressor):
     )
     batch: int = Field(8, ge=1, description="windows a step, of all processes together")
     length: int = Field(256, ge=8, description="tokens in a window")
-    samples: int = Field(1024, ge=2, description="windows of text; an eighth is held out")
+    samples: int = Field(
+        1024, ge=2, description="windows of text; an eighth, 128 at most, is held out"
+    )
     loss: Literal["forward", "reverse", "skewed", "js"] = Field(
         "forward", description="divergence: KL(teacher ‖ student), reverse, skewed, Jensen-Shannon"
     )
@@ -156,6 +158,7 @@ class Recovery(TrainingCompressor):
                 self.batch,
                 self.accumulate,
                 self.warmup,
+                check_every=max(25, self.steps // 20),
                 weight_decay=self.weight_decay,
                 floor=self.floor,
                 patience=self.patience,
