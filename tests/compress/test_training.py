@@ -321,6 +321,28 @@ def test_the_rate_falls_with_the_width_unless_it_is_said() -> None:
     assert LoRA().rate(model) == 1e-3
 
 
+@pytest.mark.parametrize(("steps", "every"), [(60, 25), (500, 25), (2400, 120)])
+def test_a_long_training_is_checked_twenty_times(
+    calibration: Windows,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    every: int,
+) -> None:
+    seen = []
+
+    def trainer(objective: Objective, schedule: Schedule, **_: Any) -> Trainer:
+        seen.append(schedule.check_every)
+        raise Killed
+
+    monkeypatch.setattr("compress.compressors.distillation.recovery.Trainer", trainer)
+    with pytest.raises(Killed):
+        method = Distill(**SHORT | {"steps": steps})
+        train(method, {}, calibration, tokenizer, tmp_path, set(NAMES))
+    assert seen == [every]
+
+
 @pytest.mark.parametrize("use", ["distill", "rtn"])
 def test_a_launcher_of_another_engine_is_refused_before_anything_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
