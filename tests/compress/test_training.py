@@ -337,8 +337,8 @@ def test_a_long_training_is_checked_twenty_times(
         raise Killed
 
     monkeypatch.setattr("compress.compressors.distillation.recovery.Trainer", trainer)
+    method = Distill(**SHORT | {"steps": steps})
     with pytest.raises(Killed):
-        method = Distill(**SHORT | {"steps": steps})
         train(method, {}, calibration, tokenizer, tmp_path, set(NAMES))
     assert seen == [every]
 
