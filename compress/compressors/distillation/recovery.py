@@ -100,6 +100,10 @@ class Recovery(TrainingCompressor):
         """Whether a trained parameter of this name moves only after others have settled."""
         return False
 
+    def matrices(self, run: TrainingRun) -> frozenset[str]:
+        """Names of trained parameters of the student that Muon moves, and not AdamW."""
+        return frozenset()
+
     def told(self, run: TrainingRun) -> dict[str, Any]:
         """What else the record says of the trained student."""
         return {}
@@ -150,6 +154,7 @@ class Recovery(TrainingCompressor):
         )
         if self.recompute:
             _recompute(run.student)
+        matrices = self.matrices(run)
         trainer = Trainer(
             objective,
             Schedule(
@@ -169,6 +174,7 @@ class Recovery(TrainingCompressor):
             precision=self.precision,
             length=run.text.tokens.shape[1],
             later=self.later,
+            matrix=lambda name: name.partition("student.")[2] in matrices,
         )
         windows = torch.arange(len(text))
         summary = trainer.fit(windows[: -run.held], windows[-run.held :])
