@@ -22,6 +22,7 @@ from compress.blockwise import rounded_inputs, streamed
 from compress.calibration import calibrates, check_text
 from compress.checkpoint import fingerprint, load, load_tokenizer, record
 from compress.compressors.base import (
+    HELD,
     LayerCompressor,
     StructureCompressor,
     TrainingCompressor,
@@ -214,7 +215,7 @@ def _train(
         teacher=lambda: load(teacher, dtype=torch.float32),
         teacher_hash=fingerprint(compressor.teacher) if compressor.teacher else source.hash,
         text=text,
-        held=max(1, len(text) // 8),
+        held=max(1, min(len(text) // 8, HELD)),
         tokenizer=load_tokenizer(source.folder),
         sites=frozenset(s.name for s in chosen),
         all=frozenset(s.name for s in source.anatomy.sites),

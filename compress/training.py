@@ -1,4 +1,4 @@
-"""The one training loop: AdamW, warm-up and cosine decay, clipping, early stop, resume.
+"""The one training loop: AdamW or Muon, warm-up and cosine decay, clipping, early stop, resume.
 
 It runs on accelerate, so a launcher decides devices and processes. A step's text depends on the
 seed and the step alone, losses are summed over the tokens of the whole step, and every tensor of
@@ -86,7 +86,8 @@ class Trainer:
 
     ``report`` is called after every step with its number, how many there are, and numbers: loss,
     tokens a second (of windows of ``length`` tokens), seconds left, and at a check held.
-    Parameters whose name is ``later`` stay as they are for the first ``begin`` of the steps.
+    Parameters whose name is ``later`` stay as they are for the first ``begin`` of the steps. Muon
+    moves those that are a ``matrix`` by name, AdamW all others.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Trainer:
         precision: Precision = "auto",
         length: int = 1,
         later: Callable[[str], bool] = lambda name: False,
+        matrix: Callable[[str], bool] = lambda name: False,
     ) -> None:
         self.objective, self.schedule, self.seed, self.length = objective, schedule, seed, length
         self.report, self.processes = report, distributed.size()
@@ -119,16 +121,8 @@ class Trainer:
             self.model = self.accelerator.prepare_model(objective)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.trained = [p for _, p in named]
-        groups = [
-            {"params": [p for name, p in named if later(name) is second], "later": second}
-            for second in (False, True)
-        ]
-        self.optimizer = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=0.0,
-            weight_decay=schedule.weight_decay,
-        )
-        self.progress = _Progress(folder / STATE, self.trained, self.optimizer)
+        self.optimizers = _optimizers(named, schedule.weight_decay, later, matrix)
+        self.progress = _Progress(folder / STATE, self.trained, self.optimizers)
 
     def fit(self, train: Tensor, held: Tensor) -> dict[str, Any]:
         """Train, and leave the best held-out parameters in place.
@@ -189,7 +183,7 @@ class Trainer:
             self.objective.cpu()
 
     def _step(self, rows: Tensor, step: int) -> float:
-        for group in self.optimizer.param_groups:
+        for group in (g for optimizer in self.optimizers for g in optimizer.param_groups):
             waits = group["later"] and step < self.schedule.begin * self.schedule.steps
             group["lr"] = 0.0 if waits else self.schedule.rate(step)
         count = self.objective.count(rows, step)
@@ -204,8 +198,9 @@ class Trainer:
                 self.accelerator.backward(loss * (self.processes / count))
             total += loss.item()
         nn.utils.clip_grad_norm_(self.trained, self.schedule.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return distributed.total(total).item() / count
 
     def _together(self, last: bool) -> AbstractContextManager[Any]:
@@ -220,10 +215,14 @@ class Trainer:
 class _Progress:
     """Where the training stands, in memory and in its state file."""
 
+    STATES = ("exp_avg", "exp_avg_sq", "momentum_buffer")
     NUMBERS = ("step", "waited", "best_step", "before", "best", "last", "curve")
 
-    def __init__(self, path: Path, trained: list[Tensor], optimizer: Any) -> None:
-        self.path, self.trained, self.optimizer = path, trained, optimizer
+    def __init__(
+        self, path: Path, trained: list[Tensor], optimizers: list[torch.optim.Optimizer]
+    ) -> None:
+        self.path, self.trained = path, trained
+        self.mover = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
         self.step = self.waited = self.best_step = 0
         self.before = self.best = self.last = math.inf
         self.seen: list[float] = []  # losses since the last check
@@ -285,7 +284,8 @@ class _Progress:
         for i, parameter in enumerate(self.trained):
             yield f"{i}.now", parameter.detach()
             yield f"{i}.best", self.best_values[i]
-            for key, value in self.optimizer.state[parameter].items():  # empty without a gradient
+            state = self.mover[parameter].state[parameter]
+            for key, value in state.items():  # empty without a gradient
                 yield f"{i}.{key}", value
 
     def resume(self) -> bool:
@@ -301,13 +301,37 @@ class _Progress:
                 self.best_values.append(like(parameter, file.get_tensor(f"{i}.best")))
                 state = {
                     key: like(parameter, file.get_tensor(f"{i}.{key}"))
-                    for key in ("exp_avg", "exp_avg_sq")
+                    for key in self.STATES
                     if f"{i}.{key}" in held
                 }
-                if state:
+                if f"{i}.step" in held:
                     state["step"] = file.get_tensor(f"{i}.step")
-                self.optimizer.state[parameter] = state
+                self.mover[parameter].state[parameter] = state
         return True
+
+
+def _optimizers(
+    named: list[tuple[str, Tensor]],
+    weight_decay: float,
+    later: Callable[[str], bool],
+    matrix: Callable[[str], bool],
+) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for matrices, with steps of the size of AdamW's (arXiv 2502.16982)."""
+    made: list[torch.optim.Optimizer] = []
+    kinds: list[tuple[Any, bool, dict[str, Any]]] = [
+        (torch.optim.AdamW, False, {}),
+        (torch.optim.Muon, True, {"adjust_lr_fn": "match_rms_adamw"}),
+    ]
+    for kind, moves, options in kinds:
+        mine = [(name, p) for name, p in named if matrix(name) is moves]
+        groups = [
+            {"params": [p for name, p in mine if later(name) is second], "later": second}
+            for second in (False, True)
+        ]
+        groups = [group for group in groups if group["params"]]
+        if groups:
+            made.append(kind(groups, lr=0.0, weight_decay=weight_decay, **options))
+    return made
 
 
 def _batch(step: int, count: int, size: int, seed: int) -> Tensor:

@@ -59,6 +59,7 @@ def regression(
     rate: float = 0.05,
     accumulate: int = 1,
     held: Tensor | None = None,
+    matrix: str = "",
 ) -> tuple[nn.Module, dict[str, Any], list[tuple[int, int, dict[str, float]]]]:
     """Train ``Triple``; what was reported, without the numbers that depend on the clock."""
     model, seen = Triple(), []
@@ -71,7 +72,9 @@ def regression(
             raise Killed
 
     schedule = Schedule(steps, rate, 8, accumulate, check_every=5, patience=patience)
-    trainer = Trainer(model, schedule, seed=3, folder=folder, report=report)
+    trainer = Trainer(
+        model, schedule, seed=3, folder=folder, report=report, matrix=lambda name: name == matrix
+    )
     summary = trainer.fit(normal(40, 4, scale=1.0), HELD if held is None else held)
     trainer.release()
     return model, summary, seen
@@ -81,16 +84,17 @@ def values(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
+@pytest.mark.parametrize("matrix", ["", "linear.weight"])  # which is Muon's
 @pytest.mark.parametrize("rate", [0.05, 3.0])  # the second is so high that the loss also rises
 @pytest.mark.parametrize("kill_at", [3, 5, 12, 29])
 def test_a_killed_training_goes_on_and_ends_the_same(
-    tmp_path: Path, kill_at: int, rate: float
+    tmp_path: Path, kill_at: int, rate: float, matrix: str
 ) -> None:
-    whole, summary, seen = regression(tmp_path / "whole", rate=rate)
+    whole, summary, seen = regression(tmp_path / "whole", rate=rate, matrix=matrix)
     with pytest.raises(Killed):
-        regression(tmp_path / "cut", kill_at=kill_at, rate=rate)
+        regression(tmp_path / "cut", kill_at=kill_at, rate=rate, matrix=matrix)
     assert (tmp_path / "cut" / STATE).exists() == (kill_at >= 5)
-    resumed, again, rest = regression(tmp_path / "cut", rate=rate)
+    resumed, again, rest = regression(tmp_path / "cut", rate=rate, matrix=matrix)
     assert rest[0][0] == kill_at // 5 * 5 + 1
     assert rest == seen[kill_at // 5 * 5 :]
     assert again == summary
@@ -282,6 +286,23 @@ def test_distill_trains_what_is_stored_and_nothing_else(
     assert back.dense().equal(after[NAMES[0]].weight)
 
 
+def test_muon_moves_the_matrices_of_blocks_alone(
+    calibration: Windows, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A first step of Muon is an orthogonal one; values of a sparse matrix are none."""
+    weights = {NAMES[0]: solved()[NAMES[0]]}
+    sites = {*NAMES, "model.embed_tokens"}
+    method = Distill(optimizer="muon", weight_decay=0.0, **SHORT | {"steps": 1, "patience": 9})
+    student, run, _ = train(method, weights, calibration, tokenizer, tmp_path, sites)
+    assert method.matrices(run) == {f"{name}.weight" for name in NAMES[1:]}
+    assert Distill().matrices(run) == frozenset()
+    before = llama().get_submodule(NAMES[1]).weight
+    moved = (student.get_submodule(NAMES[1]).weight - before).detach()
+    assert float(torch.linalg.matrix_norm(moved)) > 0
+    values = torch.linalg.svdvals(moved)
+    assert float(values[0] / values[-1]) < 3  # those of a gradient differ by more
+
+
 def test_lora_trains_adapters_alone_and_merges_into_dense(
     calibration: Windows, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -319,6 +340,28 @@ def test_the_rate_falls_with_the_width_unless_it_is_said() -> None:
     assert Distill().rate(model) == pytest.approx(3.125e-5)
     assert Distill(learning_rate=0.01).rate(model) == 0.01
     assert LoRA().rate(model) == 1e-3
+
+
+@pytest.mark.parametrize(("steps", "every"), [(60, 25), (500, 25), (2400, 120)])
+def test_a_long_training_is_checked_twenty_times(
+    calibration: Windows,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+    every: int,
+) -> None:
+    seen = []
+
+    def trainer(objective: Objective, schedule: Schedule, **_: Any) -> Trainer:
+        seen.append(schedule.check_every)
+        raise Killed
+
+    monkeypatch.setattr("compress.compressors.distillation.recovery.Trainer", trainer)
+    method = Distill(**SHORT | {"steps": steps})
+    with pytest.raises(Killed):
+        train(method, {}, calibration, tokenizer, tmp_path, set(NAMES))
+    assert seen == [every]
 
 
 @pytest.mark.parametrize("use", ["distill", "rtn"])

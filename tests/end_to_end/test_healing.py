@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 
 from compress import recipe as recipes
 from compress import run as runs
+from compress.compressors.base import TrainingRun
+from compress.compressors.distillation.distill import Distill
 from compress.errors import DataError, ModelError
 
 Apply = Callable[..., Path]
@@ -59,6 +61,22 @@ def test_zeros_are_the_same_before_and_after(
         assert int((two[name] == 0).sum()) == two[name].numel() // 2
         assert (one[name] == 0).equal(two[name] == 0)
         assert not one[name].equal(two[name])
+
+
+@pytest.mark.parametrize(("most", "held"), [(128, 2), (1, 1)])
+def test_an_eighth_of_the_text_is_held_out_up_to_a_limit(
+    most: int, held: int, apply: Apply, source: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def train(self: Distill, run: TrainingRun) -> dict[str, Any]:
+        seen.append(run.held)
+        return {}
+
+    monkeypatch.setattr(runs, "HELD", most)
+    monkeypatch.setattr(Distill, "train", train)
+    apply(source("llama"), [{"use": "distill", **SHORT}])
+    assert seen == [held]
 
 
 def test_a_student_learns_from_a_wider_and_deeper_model(apply: Apply, source: Make) -> None:

@@ -48,7 +48,9 @@ class Recovery(TrainingCompressor):
     )
     batch: int = Field(8, ge=1, description="windows a step, of all processes together")
     length: int = Field(256, ge=8, description="tokens in a window")
-    samples: int = Field(1024, ge=2, description="windows of text; an eighth is held out")
+    samples: int = Field(
+        1024, ge=2, description="windows of text; an eighth, 128 at most, is held out"
+    )
     loss: Literal["forward", "reverse", "skewed", "js"] = Field(
         "forward", description="divergence: KL(teacher ‖ student), reverse, skewed, Jensen-Shannon"
     )
@@ -97,6 +99,10 @@ class Recovery(TrainingCompressor):
     def later(self, name: str) -> bool:
         """Whether a trained parameter of this name moves only after others have settled."""
         return False
+
+    def matrices(self, run: TrainingRun) -> frozenset[str]:
+        """Names of trained parameters of the student that Muon moves, and not AdamW."""
+        return frozenset()
 
     def told(self, run: TrainingRun) -> dict[str, Any]:
         """What else the record says of the trained student."""
@@ -148,6 +154,7 @@ class Recovery(TrainingCompressor):
         )
         if self.recompute:
             _recompute(run.student)
+        matrices = self.matrices(run)
         trainer = Trainer(
             objective,
             Schedule(
@@ -156,6 +163,7 @@ class Recovery(TrainingCompressor):
                 self.batch,
                 self.accumulate,
                 self.warmup,
+                check_every=max(25, self.steps // 20),
                 weight_decay=self.weight_decay,
                 floor=self.floor,
                 patience=self.patience,
@@ -166,6 +174,7 @@ class Recovery(TrainingCompressor):
             precision=self.precision,
             length=run.text.tokens.shape[1],
             later=self.later,
+            matrix=lambda name: name.partition("student.")[2] in matrices,
         )
         windows = torch.arange(len(text))
         summary = trainer.fit(windows[: -run.held], windows[-run.held :])

@@ -31,7 +31,9 @@ class AutoRound(Recovery):
     learning_rate: float = Field(
         5e-3, gt=0, description="highest learning rate, in steps of a 2-bit grid; finer grids less"
     )
-    samples: int = Field(128, ge=2, description="windows of text; an eighth is held out")
+    samples: int = Field(
+        128, ge=2, description="windows of text; an eighth, 128 at most, is held out"
+    )
     kl_share: float = Field(1.0, ge=0, le=1, description="weight of KL; cross-entropy has the rest")
 
     def trained(self, run: TrainingRun) -> list[Tensor]:
