@@ -2,30 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from auto_round import AutoRound
+from auto_round import AutoRound, AutoScheme
+from auto_round.schemes import QuantizationScheme
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 PACKAGES = ["auto-round"]
+MIXED = (2, 3, 4, 8)  # bits that an automatic scheme chooses from
 
 
 def compress(job: SimpleNamespace, model: Any) -> Any:
-    """``options`` are AutoRound's own: ``iters``, ``enable_alg_ext``, …"""
+    """``options`` are AutoRound's own: ``iters``, ``enable_alg_ext``, …
+
+    With ``avg_bits`` among them its AutoScheme gives every matrix some of ``MIXED`` bits.
+    """
     windows = load_file(job.tokens)["tokens"]
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    average = job.options.pop("avg_bits", None)
+    if average is None:
+        scheme = _scheme(job, job.bits)
+    else:
+        scheme = AutoScheme(
+            average,
+            [QuantizationScheme.from_dict(_scheme(job, bits)) for bits in MIXED],
+            dataset=_file(job, windows, tokenizer),
+            nsamples=len(windows),
+            seqlen=windows.shape[1],
+            batch_size=8,
+            low_gpu_mem_usage=False,
+        )
     rounder = AutoRound(
         model,
-        AutoTokenizer.from_pretrained(job.model),
-        scheme={
-            "bits": job.bits,
-            "group_size": job.group or -1,
-            "sym": job.symmetric,
-            "data_type": "int",
-            "act_bits": 16,
-        },
+        tokenizer,
+        scheme=scheme,
         dataset=list(windows.split(8)),
         nsamples=len(windows),
         seqlen=windows.shape[1],
@@ -37,6 +51,28 @@ def compress(job: SimpleNamespace, model: Any) -> Any:
     )
     rounder.quantize()
     return rounder
+
+
+def _scheme(job: SimpleNamespace, bits: int) -> dict[str, Any]:
+    return {
+        "bits": bits,
+        "group_size": job.group or -1,
+        "sym": job.symmetric,
+        "data_type": "int",
+        "act_bits": 16,
+    }
+
+
+def _file(job: SimpleNamespace, windows: Any, tokenizer: Any) -> str:
+    """The text as AutoScheme reads it: a file, of which texts shorter than a window are left out.
+
+    So each window is followed by the next one.
+    """
+    texts = tokenizer.batch_decode(windows)
+    path = Path(job.out) / "text.jsonl"
+    pairs = zip(texts, [*texts[1:], texts[0]], strict=True)
+    path.write_text("".join(json.dumps({"text": a + b}) + "\n" for a, b in pairs))
+    return str(path)
 
 
 def save(job: SimpleNamespace, model: Any, folder: Path) -> None:
