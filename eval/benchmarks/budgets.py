@@ -13,34 +13,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from compress import recipe as recipes
-from compress import run as runs
 from compress.errors import CompressError, RecipeError
 from compress.planning.cache import cache_folder
 from compress.planning.files import Files
 from compress.planning.goals import planner_of
-from compress.planning.measure import held_out, measure
+from compress.planning.measure import measure
 from compress.planning.menus import GROUPS, menus_of
 from compress.planning.options import Option
 from compress.planning.shapes import SHAPES, Shape
-from compress.recipe import Recipe
 from compress.shape import predicted
-from compress.source import Source
 from eval.benchmarks.budget_peers import PEERS
-from eval.compare import paired
-from eval.harness import evaluate
-from eval.results import Result
+from eval.benchmarks.budget_rows import SIZES, STORAGE, Bench, Row, table
 
-SIZES = (50, 35, 25, 18, 12)  # percent of the original's bytes
-STORAGE = "compact"  # zeros save bytes
 # Settings by family, in lines along which files shrink: of each line the first that fits counts.
 LINES: dict[str, list[list[dict[str, Any]]]] = {
     "gptq": [[{"bits": b, "group": g} for g in GROUPS] for b in (2, 3, 4, 5, 6)],
@@ -55,81 +43,6 @@ LINES: dict[str, list[list[dict[str, Any]]]] = {
 ALIKE = {"svd": {"ranks": "uniform"}, "admm": {"allocation": "uniform"}}
 ITSELF = "ecgptq, shared"  # bits that it shares out by itself
 BEST = 2  # families that are made for every seed
-
-
-@dataclass(frozen=True)
-class Row:
-    """What a recipe came to on evaluation text; ``nll`` has a value for each window."""
-
-    percent: int
-    seed: int
-    name: str
-    setting: str
-    bytes: int
-    nll: Result
-    kl: float
-
-    def line(self) -> str:
-        return json.dumps(vars(self) | {"nll": self.nll.model_dump()})
-
-    @staticmethod
-    def of(line: str) -> Row:
-        raw = json.loads(line)
-        return Row(**raw | {"nll": Result.model_validate(raw["nll"])})
-
-
-class Bench:
-    """A model, its text, and the rows that are known."""
-
-    def __init__(self, out: Path, model: str, data: str, seeds: Sequence[int]) -> None:
-        self.model, self.data, self.seeds = model, data, seeds
-        self.source = Source(model)
-        self.file = out / "rows.jsonl"
-        out.mkdir(parents=True, exist_ok=True)
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.rows = {(r.percent, r.seed, r.name): r for r in map(Row.of, lines)}
-        self.original = self.evaluated(model)["nll"]
-
-    def size(self, percent: int) -> int:
-        return percent * self.source.nbytes // 100
-
-    def recipe(self, seed: int, stage: dict[str, Any]) -> Recipe:
-        return recipes.load_one({
-            "model": self.model,
-            "seed": seed,
-            "calibration": {"data": self.data},
-            "storage": STORAGE,
-            "stages": [stage],
-        })  # fmt: skip
-
-    def add(self, percent: int, seed: int, name: str, setting: str, recipe: Recipe) -> Row:
-        """A row of what the recipe makes."""
-        with tempfile.TemporaryDirectory() as folder:
-            made = runs.apply(recipe, Path(folder) / "out", verify=False)
-            found = self.evaluated(f"{folder}/out")
-        kl = found["kl"].value or 0.0
-        return self.keep(
-            Row(percent, seed, name, setting, made["bytes"]["disk"], found["nll"], kl)
-        )
-
-    def keep(self, row: Row) -> Row:
-        if row.bytes <= self.size(row.percent):
-            self.rows[row.percent, row.seed, row.name] = row
-            with self.file.open("a") as stream:
-                stream.write(row.line() + "\n")
-        loss = paired(row.nll, self.original)
-        print(f"{row.percent}% seed {row.seed} {row.name} {row.setting}: {row.bytes:,} of "
-              f"{self.size(row.percent):,} bytes, {loss.mean:+.4f} ± {loss.stderr:.4f}, "
-              f"KL {row.kl:.4f}", flush=True)  # fmt: skip
-        return row
-
-    def evaluated(self, folder: str) -> dict[str, Result]:
-        found = evaluate([folder], ["nll", "kl"], data=self.data, baseline=self.model)
-        return {row.metric: row for row in found if isinstance(row, Result)}
-
-    @cached_property
-    def held(self) -> Any:
-        return held_out(self.recipe(self.seeds[0], {"use": "gptq"}), self.source)
 
 
 def main() -> None:
@@ -152,7 +65,7 @@ def main() -> None:
         for seed in bench.seeds:
             families = ["quantization", *asked.shapes.split(",")]
             plans(bench, seed, f"plan with {asked.shapes}", families)
-    print(table(bench))
+    print(table(bench, list(LINES)))
 
 
 def plans(bench: Bench, seed: int, name: str, families: list[str]) -> None:
@@ -206,11 +119,12 @@ def uniform(bench: Bench, percent: int) -> None:
 
 def chosen(bench: Bench, percent: int, use: str) -> dict[str, Any] | None:
     """The stage that is made: of those of most bits that fit, the one of less KL."""
-    fits = []
+    fits: list[dict[str, Any] | None] = [None, None]
     for line in LINES[use]:
         stages = (stage(bench, use, setting) for setting in line)
-        fits += [made for made, size in stages if size <= bench.size(percent)][:1]
-    *_, low, high = [None, None, *fits[-2:]]
+        made = next((made for made, size in stages if size <= bench.size(percent)), None)
+        fits += [made] if made else []
+    low, high = fits[-2:]
     if not low or not high:
         return high
     whole = Shape.whole(bench.source)
@@ -232,13 +146,10 @@ def stage(bench: Bench, use: str, setting: dict[str, Any]) -> tuple[dict[str, An
         return made, Files(after, {}, STORAGE).size({})
     menus = menus_of([use])
     sites = [site.name for site in bench.source.anatomy.sites if menus[use].knots(site)]
-    size = files(bench, use).size(dict.fromkeys(sites, Option.of(use, **setting)))
+    alike = dict.fromkeys(sites, Option.of(use, **setting))
+    size = Files(bench.source, menus, STORAGE).size(alike)
     said = {"overrides": {"all": setting}} if use == "ecgptq" else setting  # else it shares them
     return {"use": use, "targets": sites} | said | ALIKE.get(use, {}), size
-
-
-def files(bench: Bench, use: str) -> Files:
-    return Files(bench.source, menus_of([use]), STORAGE)
 
 
 def peers(bench: Bench) -> None:
@@ -253,63 +164,10 @@ def peers(bench: Bench) -> None:
             except CompressError as error:
                 print(f"{percent}% {name}: {error}", flush=True)
                 continue
-            nll = bench.original.model_copy(
-                update={"samples": found.nll, "value": statistics.fmean(found.nll)}
-            )
+            nll = bench.original.model_copy(update={"samples": found.nll})
             bench.keep(
                 Row(percent, bench.seeds[0], name, found.setting, found.bytes, nll, float("nan"))
             )
-
-
-def table(bench: Bench) -> str:
-    """Nll − original by size, a line for each recipe, ± the paired error over windows.
-
-    Seeds are averaged within windows; the number of them stands behind where it is not all.
-    """
-    lines = ["| of the bytes | " + " | ".join(f"{percent}%" for percent in SIZES) + " |",
-             "|---|" + "---:|" * len(SIZES)]  # fmt: skip
-    names = list(dict.fromkeys(row.name for row in bench.rows.values()))
-    for name in names:
-        cells = []
-        for percent in SIZES:
-            rows = rows_of(bench, percent, name)
-            few = f" ({len(rows)})" if len(rows) < len(bench.seeds) else ""
-            cells.append(loss(over_seeds(rows), bench.original) + few if rows else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    for name in (name for name in names if name.startswith("plan")):
-        cells = []
-        for percent in SIZES:
-            own, best = rows_of(bench, percent, name), best_uniform(bench, percent)
-            if not own or not best:
-                cells.append("")
-                continue
-            over = [paired(over_seeds(rows), bench.original).mean for rows in (own, best)]
-            cells.append(f"{loss(over_seeds(own), over_seeds(best))}, "
-                         f"{over[0] / over[1]:.2f} × {best[0].name}")  # fmt: skip
-        lines.append(f"| {name} − best uniform | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def rows_of(bench: Bench, percent: int, name: str) -> list[Row]:
-    return [row for row in bench.rows.values() if (row.percent, row.name) == (percent, name)]
-
-
-def best_uniform(bench: Bench, percent: int) -> list[Row]:
-    """Of the families that were made for every seed, the one of least loss."""
-    found = [rows_of(bench, percent, name) for name in LINES]
-    whole = [rows for rows in found if len(rows) == len(bench.seeds)]
-    return min(whole, key=lambda rows: sum(row.nll.value or 0 for row in rows), default=[])
-
-
-def over_seeds(rows: Sequence[Row]) -> Result:
-    """The mean of every window."""
-    columns = zip(*(row.nll.samples for row in rows), strict=True)
-    return rows[0].nll.model_copy(update={"samples": [statistics.fmean(c) for c in columns]})
-
-
-def loss(one: Result, other: Result) -> str:
-    found = paired(one, other)
-    return f"{found.mean:.4f} ± {found.stderr:.4f}"
 
 
 def _last(events: Any) -> Any:
