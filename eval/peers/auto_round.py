@@ -24,23 +24,17 @@ def compress(job: SimpleNamespace, model: Any) -> Any:
     windows = load_file(job.tokens)["tokens"]
     tokenizer = AutoTokenizer.from_pretrained(job.model)
     average = job.options.pop("avg_bits", None)
-    if average is None:
-        scheme = _scheme(job, job.bits)
-    else:
-        scheme = AutoScheme(
-            average,
-            [QuantizationScheme.from_dict(_scheme(job, bits)) for bits in MIXED],
-            dataset=_file(job, windows, tokenizer),
-            nsamples=len(windows),
-            seqlen=windows.shape[1],
-            batch_size=8,
-            low_gpu_mem_usage=False,
-        )
+    scheme: Any = _scheme(job, job.bits)
+    dataset: Any = list(windows.split(8))
+    if average is not None:
+        choices = [QuantizationScheme.from_dict(_scheme(job, bits)) for bits in MIXED]
+        scheme = AutoScheme(average, choices, nsamples=len(windows), seqlen=windows.shape[1])
+        dataset = _file(job, windows, tokenizer)
     rounder = AutoRound(
         model,
         tokenizer,
         scheme=scheme,
-        dataset=list(windows.split(8)),
+        dataset=dataset,
         nsamples=len(windows),
         seqlen=windows.shape[1],
         batch_size=8,
@@ -64,7 +58,7 @@ def _scheme(job: SimpleNamespace, bits: int) -> dict[str, Any]:
 
 
 def _file(job: SimpleNamespace, windows: Any, tokenizer: Any) -> str:
-    """The text as AutoScheme reads it: a file, of which texts shorter than a window are left out.
+    """The text as it is read with AutoScheme: a file; texts shorter than a window are left out.
 
     So each window is followed by the next one.
     """
