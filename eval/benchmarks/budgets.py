@@ -32,7 +32,7 @@ from eval.benchmarks.budget_rows import SIZES, STORAGE, Bench, Row, table
 # Settings by family, in lines along which files shrink: of each line the first that fits counts.
 LINES: dict[str, list[list[dict[str, Any]]]] = {
     "gptq": [[{"bits": b, "group": g} for g in GROUPS] for b in (2, 3, 4, 5, 6)],
-    "ecgptq": [[{"bits": n / 50} for n in range(400, 54, -1)]],
+    "ecgptq": [[{"bits": n / 50} for n in range(300, 54, -1)]],
     "gptq_residual": [[{"bits": b, "ratio": n / 128} for n in range(32, 0, -1)] for b in (2, 3, 4)],
     "gptq_sparse": [[{"bits": b, "sparsity": n / 50} for n in range(5, 48)] for b in (2, 3, 4)],
     "svd": [[{"ratio": n / 100} for n in range(99, 1, -1)]],
@@ -145,11 +145,13 @@ def stage(bench: Bench, use: str, setting: dict[str, Any]) -> tuple[dict[str, An
             return made, float("inf")
         return made, Files(after, {}, STORAGE).size({})
     menus = menus_of([use])
-    sites = [site.name for site in bench.source.anatomy.sites if menus[use].knots(site)]
-    alike = dict.fromkeys(sites, Option.of(use, **setting))
+    sites = bench.source.anatomy.sites
+    taken = [site.name for site in sites if menus[use].knots(site)]
+    alike = dict.fromkeys(taken, Option.of(use, **setting))
     size = Files(bench.source, menus, STORAGE).size(alike)
     said = {"overrides": {"all": setting}} if use == "ecgptq" else setting  # else it shares them
-    return {"use": use, "targets": sites} | said | ALIKE.get(use, {}), size
+    targets = ["all"] if len(taken) == len(sites) else ["blocks"]
+    return {"use": use, "targets": targets} | said | ALIKE.get(use, {}), size
 
 
 def peers(bench: Bench) -> None:
