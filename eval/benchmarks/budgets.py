@@ -4,9 +4,10 @@
     python -m eval.benchmarks.budgets runs/budgets-opt --model runs/opt-code --seeds 0 1 2
 
 Of every family's settings whose whole file fits a size, the one of least KL on calibration text
-that recipes do not read is taken, so that only what is chosen meets the evaluation text. The two
-families that are the best there are made for every seed, the others for the first. Rows are kept
-in ``rows.jsonl`` and not made again.
+that recipes do not read is taken, so that only what is chosen meets the evaluation text. The
+family that is the best there is made for every seed, the others for the first; one that loses more
+at a larger size than another at this one is left out. Rows are kept in ``rows.jsonl`` and not made
+again.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ LINES: dict[str, list[list[dict[str, Any]]]] = {
 }
 ALIKE = {"svd": {"ranks": "uniform"}, "admm": {"allocation": "uniform"}}
 ITSELF = "ecgptq, shared"  # bits that it shares out by itself
-BEST = 2  # families that are made for every seed
 
 
 def main() -> None:
@@ -86,10 +86,13 @@ def plans(bench: Bench, seed: int, name: str, families: list[str]) -> None:
 
 
 def uniform(bench: Bench, percent: int) -> None:
-    """Every family for the first seed, the best two and what shares out its own bits for all."""
+    """Every family for the first seed, the best and what shares out its own bits for all."""
     first, *others = bench.seeds
     for use in LINES:
         if (percent, first, use) in bench.rows:
+            continue
+        if hopeless(bench, percent, use):
+            print(f"{percent}% {use}: loses more at a larger size than others here", flush=True)
             continue
         try:
             stage = chosen(bench, percent, use)
@@ -99,9 +102,8 @@ def uniform(bench: Bench, percent: int) -> None:
                 print(f"{percent}% {use}: nothing is so small", flush=True)
         except CompressError as error:
             print(f"{percent}% {use}: {error}", flush=True)
-    found = [row for row in bench.rows.values() if (row.percent, row.seed) == (percent, first)]
-    there = sorted((row for row in found if row.name in LINES), key=lambda row: row.kl)
-    for row in there[:BEST]:
+    there = [bench.rows[key] for use in LINES if (key := (percent, first, use)) in bench.rows]
+    for row in sorted(there, key=lambda row: row.kl)[:1]:
         for seed in others:
             if (percent, seed, row.name) not in bench.rows:
                 recipe = bench.recipe(seed, json.loads(row.setting))
@@ -115,6 +117,14 @@ def uniform(bench: Bench, percent: int) -> None:
             recipe = bench.recipe(seed, {"use": "ecgptq", "bits": rate, "targets": ["all"]})
             row = bench.add(percent, seed, ITSELF, f"{rate:.3f}", recipe)
             rate *= 0.999 * bench.size(percent) / row.bytes  # until it fits
+
+
+def hopeless(bench: Bench, percent: int, use: str) -> bool:
+    """Whether a family's KL at a larger size is above another's at this one."""
+    seen = [row for row in bench.rows.values() if row.seed == bench.seeds[0]]
+    here = [row.kl for row in seen if row.percent == percent and row.name in LINES]
+    larger = [row.kl for row in seen if row.percent > percent and row.name == use]
+    return bool(here and larger) and max(larger) > min(here)
 
 
 def chosen(bench: Bench, percent: int, use: str) -> dict[str, Any] | None:
