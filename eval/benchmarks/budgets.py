@@ -13,6 +13,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import tempfile
 from pathlib import Path
@@ -59,6 +60,8 @@ def main() -> None:
         plans(bench, seed, "plan", ["quantization"])
     for percent in SIZES:
         uniform(bench, percent)
+    for seed, percent in itertools.product(bench.seeds, SIZES):
+        shared(bench, percent, seed)
     if asked.peers:
         peers(bench)
     if asked.shapes:
@@ -86,7 +89,7 @@ def plans(bench: Bench, seed: int, name: str, families: list[str]) -> None:
 
 
 def uniform(bench: Bench, percent: int) -> None:
-    """Every family for the first seed, the best and what shares out its own bits for all."""
+    """Every family for the first seed, the best of them for all."""
     first, *others = bench.seeds
     for use in LINES:
         if (percent, first, use) in bench.rows:
@@ -108,15 +111,17 @@ def uniform(bench: Bench, percent: int) -> None:
             if (percent, seed, row.name) not in bench.rows:
                 recipe = bench.recipe(seed, json.loads(row.setting))
                 bench.add(percent, seed, row.name, row.setting, recipe)
-    if (percent, first, "ecgptq") not in bench.rows:
+
+
+def shared(bench: Bench, percent: int, seed: int) -> None:
+    """What shares out its own bits, from as many as fit if all matrices have them."""
+    if not (uniform := bench.rows.get((percent, bench.seeds[0], "ecgptq"))):
         return
-    bits = json.loads(bench.rows[percent, first, "ecgptq"].setting)["overrides"]["all"]["bits"]
-    for seed in bench.seeds:
-        rate = bits
-        while (percent, seed, ITSELF) not in bench.rows:
-            recipe = bench.recipe(seed, {"use": "ecgptq", "bits": rate, "targets": ["all"]})
-            row = bench.add(percent, seed, ITSELF, f"{rate:.3f}", recipe)
-            rate *= 0.999 * bench.size(percent) / row.bytes  # until it fits
+    rate = json.loads(uniform.setting)["overrides"]["all"]["bits"]
+    while (percent, seed, ITSELF) not in bench.rows:
+        recipe = bench.recipe(seed, {"use": "ecgptq", "bits": rate, "targets": ["all"]})
+        row = bench.add(percent, seed, ITSELF, f"{rate:.3f}", recipe)
+        rate *= 0.999 * bench.size(percent) / row.bytes  # until it fits
 
 
 def hopeless(bench: Bench, percent: int, use: str) -> bool:
