@@ -13,6 +13,7 @@ again.
 from __future__ import annotations
 
 import argparse
+import bisect
 import itertools
 import json
 import tempfile
@@ -136,9 +137,10 @@ def chosen(bench: Bench, percent: int, use: str) -> dict[str, Any] | None:
     """The stage that is made: of those of most bits that fit, the one of less KL."""
     fits: list[dict[str, Any] | None] = [None, None]
     for line in LINES[use]:
-        stages = (stage(bench, use, setting) for setting in line)
-        made = next((made for made, size in stages if size <= bench.size(percent)), None)
-        fits += [made] if made else []
+        place = bisect.bisect_left(
+            line, True, key=lambda setting: stage(bench, use, setting)[1] <= bench.size(percent)
+        )
+        fits += [stage(bench, use, line[place])[0]] if place < len(line) else []
     low, high = fits[-2:]
     if not low or not high:
         return high
