@@ -11,7 +11,7 @@ import typer
 from compress.arguments import Data, Json, Model, Quiet, Seed, Sets, names, overrides
 from compress.display import follow, frontier_table, plan_table, screen
 from compress.errors import RecipeError
-from compress.sizes import parse_share, parse_size
+from compress.sizes import parse_share
 
 if TYPE_CHECKING:
     from compress.planning.plan import Plan
@@ -70,22 +70,22 @@ def plan(
     asked = {"stages": [{"use": "gptq", "targets": names(targets)}]}
     recipe = recipe_files.load_one(asked, overrides(model, data, seed, sets))
     source = Source(recipe.model, untie=recipe.untie)
-    budget = parse_size(size, source.nbytes) if size else 0
+    budget = goals.bytes_of(size, source) if size else None
     share = parse_share(keep) if keep else 0.0
     planner = goals.planner_of(
         recipe, source, recipe.stages[0], names(families), cache_folder(),
         plain=format != "any", speed=speed,
     )  # fmt: skip
     silent = quiet or as_json
-    follow(planner.work(), "plan", silent)
+    follow(planner.work(budget), "plan", silent)
     below: Plan | None = None
-    if frontier:
-        plans = planner.frontier(frontier)
-    elif keep:
+    if budget:
+        plans = [follow(planner.refine(planner.fit(budget), effort), "plan", silent)]
+    elif frontier:
+        plans = follow(planner.frontier(frontier), "plan", silent)
+    else:
         made, below = follow(goals.keep(planner, share), "plan", silent)
         plans = [made]
-    else:
-        plans = [follow(planner.refine(planner.fit(budget), effort), "plan", silent)]
     for one in plans:
         path = out.with_suffix("") / f"{one.bytes}.yaml" if frontier else out
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from compress.compressors.budget import Budget
 from compress.errors import DataError, RecipeError
 from compress.events import Event
+from compress.planning.base import Planning
 from compress.planning.cache import cache_folder
 from compress.planning.menus import methods_of
 from compress.planning.plan import Plan
@@ -29,7 +30,21 @@ def plan(
     """The settings of least cost for a file of that size; nothing is measured."""
     planner = planner_of(recipe, source, stage, budget.families, cache)
     yield from planner.look()
-    return planner.fit(parse_size(budget.size, source.nbytes))
+    return planner.fit(bytes_of(budget.size, source))
+
+
+def bytes_of(size: str, source: Source) -> int:
+    """``30%`` or ``300MB`` of a model, in bytes.
+
+    Raises:
+        RecipeError: it is no size, or not below the model's own.
+    """
+    budget = parse_size(size, source.nbytes)
+    if budget >= source.nbytes:
+        raise RecipeError(
+            f"size {size}: the model has {source.nbytes:,} bytes as it is; give fewer"
+        )
+    return budget
 
 
 def planner_of(
@@ -41,7 +56,7 @@ def planner_of(
     *,
     plain: bool = False,
     speed: bool = False,
-) -> Planner | ShapedPlanner:
+) -> Planning:
     """What plans with these families: shapes too, if depth or width is among them.
 
     Raises:
@@ -59,9 +74,7 @@ def planner_of(
     return ShapedPlanner(make, uses, plain=plain) if uses else make()
 
 
-def keep(
-    planner: Planner | ShapedPlanner, share: float
-) -> Generator[Event, None, tuple[Plan, Plan | None]]:
+def keep(planner: Planning, share: float) -> Generator[Event, None, tuple[Plan, Plan | None]]:
     """The smallest plan, in steps of 1% of the bytes, with measured exp(−KL) ≥ ``share``.
 
     Perplexity then rises by about 1/share at most. Also returns the plan one step smaller, which
@@ -79,7 +92,7 @@ def keep(
         (n for n in range(fails + 1, meets) if _expected(planner, n * step) <= allowed), meets - 1
     )
     while meets - fails > 1:
-        made = found[guess] = planner.measured(planner.fit(int(guess * step)))
+        made = found[guess] = yield from planner.best(int(guess * step))
         assert made.measured is not None
         if made.measured[0] <= allowed:
             meets, nearby = guess, guess - 1
@@ -93,7 +106,7 @@ def keep(
     return found[meets], found.get(fails)
 
 
-def _expected(planner: Planner | ShapedPlanner, size: float) -> float:
+def _expected(planner: Planning, size: float) -> float:
     predicted = planner.fit(int(size)).predicted
     return predicted[0] if predicted else math.inf
 

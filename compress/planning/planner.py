@@ -129,13 +129,20 @@ class Planner:
             low, high = (middle, high) if self.fit(middle).cost > USEFUL else (low, middle)
         return high
 
-    def work(self) -> Generator[Event, None, None]:
-        """All that takes time: costs, and what they come to."""
+    def work(self, budget: int | None = None) -> Generator[Event, None, None]:
+        """All that takes time: costs, and what they come to.
+
+        Raises:
+            RecipeError: even the fewest bytes are more than ``budget``, known before measuring.
+        """
         yield from self.look()
+        if budget is not None:
+            self.fit(budget)
         yield from self.calibrate()
 
-    def frontier(self, count: int) -> list[Plan]:
-        """The best for ``count`` sizes."""
+    def frontier(self, count: int) -> Generator[Event, None, list[Plan]]:
+        """The best for ``count`` sizes; nothing is measured."""
+        yield from ()
         return [self.fit(size) for size in self.sizes(count)]
 
     def sizes(self, count: int) -> list[int]:
@@ -143,7 +150,7 @@ class Planner:
         most, least = self.most, self.useful()
         return [least + (most - least) * n // (count - 1) for n in range(count)]
 
-    def look(self) -> Iterator[Event]:
+    def look(self) -> Generator[Event, None, None]:
         """Cost of every option of every matrix, in one backward pass over the text and one more.
 
         The model is in memory once, as float32.
@@ -195,15 +202,15 @@ class Planner:
                 f"({self.least / self.source.nbytes:.1%}); take more of them (targets: all), or "
                 "other families"
             )
-        settings = self._fitting(choices or self.choices, budget)
+        settings, bytes = self._fitting(choices or self.choices, budget)
         cost = self._cost(settings)
-        left = budget - self.files.size(settings) + self._bytes(settings)
+        left = budget - bytes + self._bytes(settings)
         bound = least_cost([(c.sizes, c.costs) for c in self.choices], left)
         gap = max(0.0, 1 - bound / cost) if cost else 0.0
         made = Plan(
             self._recipe(settings),
             settings,
-            self.files.size(settings),
+            bytes,
             budget,
             self.shape.kl + cost,
             gap,
@@ -211,13 +218,13 @@ class Planner:
         )
         if self.law is None or cost > self.law.most:
             return made
-        more = self._cost(self._fitting(self.choices, budget + self.source.nbytes // 100))
+        wider, _ = self._fitting(self.choices, budget + self.source.nbytes // 100)
         kl, low, high = self.law.predict(cost)
         floor = self.shape.kl
         return replace(
             made,
             predicted=(floor + kl, floor + low, floor + high),
-            next=kl - self.law.predict(more)[0],
+            next=kl - self.law.predict(self._cost(wider))[0],
         )
 
     def measure(self, made: Plan) -> tuple[float, float]:
@@ -236,6 +243,11 @@ class Planner:
 
     def measured(self, made: Plan) -> Plan:
         return replace(made, measured=self.measure(made)) if self.held else made
+
+    def best(self, budget: int) -> Generator[Event, None, Plan]:
+        """The plan that ``fit`` makes, measured."""
+        yield from ()
+        return self.measured(self.fit(budget))
 
     def refine(self, made: Plan, tries: int) -> Generator[Event, None, Plan]:
         """The best of ``tries`` other plans of the same size, by measured KL.
@@ -263,17 +275,17 @@ class Planner:
         """Text to measure on, which plans do not read; None if there is too little."""
         return held_out(self.recipe, self.source)
 
-    def _fitting(self, choices: list[Choices], budget: int) -> dict[str, Option]:
-        """The best choice whose file, names and all, is not above ``budget`` bytes."""
+    def _fitting(self, choices: list[Choices], budget: int) -> tuple[dict[str, Option], int]:
+        """The best choice whose file, names and all, is not above ``budget``, and its bytes."""
         dense = sum(self.sites[c.name].nbytes for c in choices)
         left = budget - self.files.size({}) + dense
         while True:
             chosen = _best(choices, left)
             settings = {c.name: c.options[i] for c, i in zip(choices, chosen, strict=True)}
-            over = self.files.size(settings) - budget
-            if over <= 0:
-                return settings
-            left -= over
+            bytes = self.files.size(settings)
+            if bytes <= budget:
+                return settings, bytes
+            left -= bytes - budget
 
     def _index(self, settings: Settings) -> list[tuple[Choices, int]]:
         return [(c, c.options.index(settings[c.name])) for c in self.choices]

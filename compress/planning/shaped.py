@@ -17,6 +17,8 @@ from compress.planning.shapes import Shape, reshaped, stages_of
 from compress.recipe import Recipe
 from compress.source import Source
 
+FAR = 1.5  # times the least KL that was measured: no prediction was ever so wrong
+
 
 class ShapedPlanner:
     """What ``Planner`` does, for the original's shape and those that ``uses`` (depth, width) make.
@@ -71,9 +73,15 @@ class ShapedPlanner:
             self.planners.append(planner)
             yield Event("shapes", number + 1, len(stages))
 
-    def work(self) -> Generator[Event, None, None]:
-        """All that takes time: costs, and what they come to."""
+    def work(self, budget: int | None = None) -> Generator[Event, None, None]:
+        """All that takes time: costs, and what they come to.
+
+        Raises:
+            RecipeError: even the fewest bytes are more than ``budget``, known before measuring.
+        """
         yield from self.look()
+        if budget is not None:
+            self.fit(budget)
         yield from self.whole.calibrate()
         for planner in self.planners:
             planner.law = self.whole.law
@@ -93,25 +101,35 @@ class ShapedPlanner:
     def measured(self, made: Plan) -> Plan:
         return self._of(made).measured(made)
 
+    def best(self, budget: int) -> Generator[Event, None, Plan]:
+        """By measured KL, of the plans of all shapes but those that are predicted to be far off."""
+        first, *others = sorted(self.fits(budget), key=lambda plan: plan.expected)
+        best = self.measured(first)
+        for number, plan in enumerate(others, 1):
+            yield Event("compare shapes", number, len(others) + 1)
+            if not plan.predicted or plan.expected < FAR * best.expected:
+                best = min(best, self.measured(plan), key=lambda plan: plan.expected)
+        return best
+
     def refine(self, made: Plan, tries: int) -> Generator[Event, None, Plan]:
-        """The best by measured KL of the plans of all shapes, refined as ``Planner`` does."""
-        plans = []
-        fits = self.fits(made.budget)
-        for plan in fits:
-            plans.append(self.measured(plan))
-            yield Event("compare shapes", len(plans), len(fits))
-        best = min(plans, key=lambda plan: plan.expected)
+        """The best of all shapes, refined as ``Planner`` does."""
+        best = yield from self.best(made.budget)
         return (yield from self._of(best).refine(best, tries))
 
-    def frontier(self, count: int) -> list[Plan]:
-        """The best for ``count`` sizes."""
-        return [self.fit(size) for size in self.whole.sizes(count)]
+    def frontier(self, count: int) -> Generator[Event, None, list[Plan]]:
+        """The best for ``count`` sizes, measured where shapes are near each other."""
+        plans = []
+        for size in self.whole.sizes(count):
+            plans.append((yield from self.best(size)))
+        return plans
 
     def fits(self, budget: int) -> list[Plan]:
         """The plan of every shape that is small enough."""
         able = [planner for planner in self.planners if planner.least <= budget]
         if not able:
-            raise RecipeError(f"{budget:,} bytes are too few: {self.least:,} is the least")
+            raise RecipeError(
+                f"{budget:,} bytes are too few: {self.least:,} is the least in any shape"
+            )
         return [planner.fit(budget) for planner in able]
 
     def _of(self, made: Plan) -> Planner:

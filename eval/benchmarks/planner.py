@@ -1,10 +1,11 @@
-"""The planner against its promises: bytes, predictions, and uniform recipes of no more bytes.
+"""The planner against its promises: bytes, predictions, the quality that is to be kept.
 
-    python -m eval.benchmarks.planner bytes coverage uniform keep
+    python -m eval.benchmarks.planner bytes coverage keep
     python -m eval.benchmarks.planner shapes --families quantization,depth,width
     python -m eval.benchmarks.planner growth
 
-Choices are made on calibration text; ``uniform`` and ``keep`` are measured on evaluation text.
+Choices are made on calibration text; ``keep`` is measured on evaluation text, too. Plans beside
+uniform recipes are in ``budgets.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,11 @@ import transformers
 
 from compress import recipe as recipes
 from compress import run as runs
+from compress.planning.base import Planning
 from compress.planning.cache import cache_folder
 from compress.planning.goals import keep, planner_of
-from compress.planning.menus import FAMILIES, GROUPS
+from compress.planning.menus import FAMILIES
 from compress.planning.plan import Plan
-from compress.planning.planner import Planner
 from compress.planning.shaped import ShapedPlanner
 from compress.recipe import Recipe
 from compress.source import DEMO, Source
@@ -39,8 +40,6 @@ from eval.harness import Notice, Progress, evaluate
 
 WIDTHS = (64, 128, 256)  # of the random Llamas of six blocks whose frontiers are timed
 SIZES = (50, 35, 25, 18, 12)  # percent of the original's bytes
-RATES = (1.85, 2.8, 3.9, 5.5, 6)  # bits of uniform ecgptq: what just fits into SIZES on the demo
-SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)  # of the bytes that svd keeps, of the weights that admm drops
 
 
 def main() -> None:
@@ -71,12 +70,12 @@ def main() -> None:
             PARTS[part](planner)
 
 
-def sizes(planner: Planner | ShapedPlanner, count: int, least: int, most: float) -> list[int]:
+def sizes(planner: Planning, count: int, least: int, most: float) -> list[int]:
     draw = random.Random(planner.recipe.seed)
     return [int(draw.uniform(least, most * planner.source.nbytes)) for _ in range(count)]
 
 
-def count(planner: Planner | ShapedPlanner) -> None:
+def count(planner: Planning) -> None:
     """Fifty sizes beside the files that are planned; five of them written."""
     plans = [planner.fit(size) for size in sizes(planner, 50, planner.least, 0.95)]
     gaps = [1 - plan.bytes / plan.budget for plan in plans]
@@ -88,7 +87,7 @@ def count(planner: Planner | ShapedPlanner) -> None:
         print(f"budget {plan.budget:,}  planned {plan.bytes:,}  on disk {info['bytes']['disk']:,}")
 
 
-def cover(planner: Planner | ShapedPlanner) -> None:
+def cover(planner: Planning) -> None:
     """Twenty random sizes: whether the measured KL lies within the predicted interval."""
     inside = 0
     for size in sizes(planner, 20, planner.useful(), 0.5):
@@ -101,31 +100,6 @@ def cover(planner: Planner | ShapedPlanner) -> None:
         print(f"{share:6.1%}  predicted {kl:.5f} ({low:.5f}–{high:.5f})"
               f"  measured {plan.measured[0]:.5f} ± {plan.measured[1]:.5f}")  # fmt: skip
     print(f"{inside} of 20 within")
-
-
-def compare(planner: Planner | ShapedPlanner) -> None:
-    """The plan and the best uniform recipe of no more bytes: nll and KL on evaluation text."""
-    print("size     plan: bytes  nll − original  KL     best uniform: bytes  nll − original  KL")
-    whole = planner.source.nbytes
-    made: dict[str, dict[str, Any]] = {}
-    for name, stage in uniform():
-        base = planner.recipe.dump() | {"stages": [stage], "storage": "compact"}
-        made[name] = measured(recipes.load_one(base))
-    for percent in SIZES:
-        size = percent * whole // 100
-        if size < planner.least:
-            print(f"{percent}%: below the least plan, {planner.least / whole:.1%}")
-            continue
-        plan = measured(planner.fit(size).recipe)
-        fits = {name: one for name, one in made.items() if one["bytes"] <= size}
-        if not fits:
-            print(f"{percent}%: {plan}, no uniform recipe is so small")
-            continue
-        name, best = min(fits.items(), key=lambda item: item[1]["kl"])
-        print(f"{percent}%: {plan['bytes']:,}  {plan['nll']:+.4f}  {plan['kl']:.4f}   "
-              f"{name} {best['bytes']:,}  {best['nll']:+.4f}  {best['kl']:.4f}  "
-              f"ratio {plan['nll'] / best['nll']:.2f} (KL {plan['kl'] / best['kl']:.2f})",
-              flush=True)  # fmt: skip
 
 
 def shapes(planner: ShapedPlanner) -> None:
@@ -148,20 +122,6 @@ def shapes(planner: ShapedPlanner) -> None:
                 kl, error = planner.measured(plan).measured or (0.0, 0.0)
                 said += f"  measured {kl:.4f} ± {error:.4f}"
             print(said, flush=True)
-
-
-def uniform() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Recipes that treat all matrices alike, one family each; pruning leaves the tables alone."""
-    everything: dict[str, Any] = {"targets": ["all"]}
-    for bits in (2, 3, 4, 5, 6, 8):
-        for group in GROUPS:
-            yield f"gptq {bits}/{group}", {"use": "gptq", "bits": bits, "group": group} | everything
-    for rate in RATES:
-        same = {"use": "ecgptq", "overrides": {"all": {"bits": rate}}}
-        yield f"ecgptq {rate}", same | everything
-    for share in SHARES:
-        yield f"svd {share}", {"use": "svd", "ratio": share, "ranks": "uniform"} | everything
-        yield f"admm {share}", {"use": "admm", "sparsity": share, "allocation": "uniform"}
 
 
 def grow() -> None:
@@ -194,7 +154,7 @@ def grow() -> None:
                   flush=True)  # fmt: skip
 
 
-def keeps(planner: Planner | ShapedPlanner) -> None:
+def keeps(planner: Planning) -> None:
     """99% kept: the plan and the one a step smaller, on evaluation text."""
     events = keep(planner, 0.99)
     found: tuple[Plan, Plan | None] | None = None
@@ -224,7 +184,7 @@ def measured(recipe: Recipe) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Any], None]] = {
-    "bytes": count, "coverage": cover, "uniform": compare, "keep": keeps, "shapes": shapes,
+    "bytes": count, "coverage": cover, "keep": keeps, "shapes": shapes,
 }  # fmt: skip
 
 if __name__ == "__main__":

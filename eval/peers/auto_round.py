@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from auto_round import AutoRound
+from auto_round import AutoRound, AutoScheme
+from auto_round.schemes import QuantizationScheme
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 PACKAGES = ["auto-round"]
+MIXED = (2, 3, 4, 8)  # bits that an automatic scheme chooses from
 
 
 def compress(job: SimpleNamespace, model: Any) -> Any:
-    """``options`` are AutoRound's own: ``iters``, ``enable_alg_ext``, …"""
+    """``options`` are AutoRound's own: ``iters``, ``enable_alg_ext``, …
+
+    With ``avg_bits`` among them its AutoScheme gives every matrix some of ``MIXED`` bits.
+    """
     windows = load_file(job.tokens)["tokens"]
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    average = job.options.pop("avg_bits", None)
+    scheme: Any = _scheme(job, job.bits)
+    dataset: Any = list(windows.split(8))
+    if average is not None:
+        choices = [QuantizationScheme.from_dict(_scheme(job, bits)) for bits in MIXED]
+        scheme = AutoScheme(average, choices, nsamples=len(windows), seqlen=windows.shape[1])
+        dataset = _file(job, windows, tokenizer)
     rounder = AutoRound(
         model,
-        AutoTokenizer.from_pretrained(job.model),
-        scheme={
-            "bits": job.bits,
-            "group_size": job.group or -1,
-            "sym": job.symmetric,
-            "data_type": "int",
-            "act_bits": 16,
-        },
-        dataset=list(windows.split(8)),
+        tokenizer,
+        scheme=scheme,
+        dataset=dataset,
         nsamples=len(windows),
         seqlen=windows.shape[1],
         batch_size=8,
@@ -37,6 +45,28 @@ def compress(job: SimpleNamespace, model: Any) -> Any:
     )
     rounder.quantize()
     return rounder
+
+
+def _scheme(job: SimpleNamespace, bits: int) -> dict[str, Any]:
+    return {
+        "bits": bits,
+        "group_size": job.group or -1,
+        "sym": job.symmetric,
+        "data_type": "int",
+        "act_bits": 16,
+    }
+
+
+def _file(job: SimpleNamespace, windows: Any, tokenizer: Any) -> str:
+    """The text as it is read with AutoScheme: a file; texts shorter than a window are left out.
+
+    So each window is followed by the next one.
+    """
+    texts = tokenizer.batch_decode(windows)
+    path = Path(job.out) / "text.jsonl"
+    pairs = zip(texts, [*texts[1:], texts[0]], strict=True)
+    path.write_text("".join(json.dumps({"text": a + b}) + "\n" for a, b in pairs))
+    return str(path)
 
 
 def save(job: SimpleNamespace, model: Any, folder: Path) -> None:

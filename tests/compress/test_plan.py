@@ -20,7 +20,7 @@ from compress.compressors.budget import allocate, by_table, least_cost
 from compress.compressors.quantization.bits import cost
 from compress.compressors.quantization.rtn import RTN
 from compress.errors import DataError, RecipeError
-from compress.planning.goals import keep
+from compress.planning.goals import bytes_of, keep
 from compress.planning.law import Law
 from compress.planning.measure import held_out, measure
 from compress.planning.menus import between, fast, menus_of, methods_of
@@ -223,6 +223,13 @@ def test_a_size_on_a_stage_is_obeyed(text: str, tmp_path: Path, planner: Planner
 def test_too_small_a_size_says_what_the_least_is(planner: Planner, text: str) -> None:
     with pytest.raises(RecipeError, match=r"too few.*matrices by gptq come to \d"):
         planner.fit(100_000)
+    with pytest.raises(RecipeError, match="too few"):  # before anything is measured
+        list(planner.work(100_000))
+    assert planner.law is None
+    assert bytes_of("50%", planner.source) == planner.source.nbytes // 2
+    for size in ("100%", "1GB"):
+        with pytest.raises(RecipeError, match=r"2,892,912 bytes as it is; give fewer"):
+            bytes_of(size, planner.source)
     recipe = recipe_of(text)
     silent = recipe.calibration.model_copy(update={"data": ""})
     recipe = recipe.model_copy(update={"calibration": silent})

@@ -24,6 +24,7 @@ from compress.compressors.quantization.gptq import GPTQ
 from compress.compressors.quantization.gptq_sparse import GPTQSparse
 from compress.moments import Moments
 from compress.planning.goals import planner_of
+from compress.planning.law import Law
 from compress.planning.menus import menus_of
 from compress.planning.shaped import ShapedPlanner
 from compress.planning.shapes import Shape, reshaped, stages_of
@@ -177,3 +178,24 @@ def test_the_best_shape_is_chosen_by_costs_and_then_by_measuring(planner: Shaped
     assert chosen.measured[0] == min(planner.measured(p).expected for p in plans)
     assert planner.least < planner.whole.least
     assert planner.fit(planner.least).shape
+
+
+def test_shapes_that_are_predicted_to_be_far_off_are_not_measured(
+    planner: ShapedPlanner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size, tried = planner.source.nbytes * 9 // 10, []
+    for one in planner.planners:
+        monkeypatch.setattr(one, "law", Law.of([0.001, 0.1, 1], [0.001, 0.1, 1]))
+    monkeypatch.setattr(planner, "measured", lambda plan: tried.append(plan) or plan)
+    assert answer(planner.best(size)) == planner.fit(size)
+    most = 1.5 * tried[0].expected
+    near = [p for p in planner.fits(size) if not p.predicted or p.expected < most]
+    assert 0 < len(tried) == len(near) < len(planner.planners)
+
+
+def test_a_frontier_of_several_shapes_is_measured(planner: ShapedPlanner) -> None:
+    plans = answer(planner.frontier(3))
+    assert [plan.budget for plan in plans] == planner.whole.sizes(3)
+    for plan in plans:
+        shapes = [planner.measured(one) for one in planner.fits(plan.budget)]
+        assert plan.measured[0] == min(one.expected for one in shapes)
