@@ -141,20 +141,18 @@ def exports_table(exporters: list[type[Exporter]], as_json: bool) -> None:
             print(json.dumps({"name": cls.name, "needs": cls.needs, "holds": cls.holds} | inputs))
         return
     names = [cls.name for cls in exporters]
-    table = Table("weights", box=None, header_style="bold", pad_edge=False, padding=(0, 1, 0, 0))
+    plain: dict[str, Any] = {"box": None, "header_style": "bold", "pad_edge": False}
+    table = Table("weights", **plain, padding=(0, 1, 0, 0))
     for name in names:
         table.add_column(name, width=max(len(name), len("expanded")))
     for kind in KINDS:
         table.add_row(kind, *(how(cls, kind) or "—" for cls in exporters))
     # of w8a8 and fp8: whether what a matrix reads is rounded to 8 bits there, too
     table.add_row("8-bit inputs", *("kept" if c.rounds_inputs else "left away" for c in exporters))
-    plain: dict[str, Any] = {"box": None, "header_style": "bold", "pad_edge": False}
     needs = Table("format", "needs", **plain)
     for cls in exporters:
         needs.add_row(cls.name, cls.needs)
-    server = Table(
-        "weights", f"in vLLM {vllm.VERSION}", box=None, header_style="bold", pad_edge=False
-    )
+    server = Table("weights", f"in vLLM {vllm.VERSION}", **plain)
     for kind, how_held in vllm.HOLDS.items():
         server.add_row(kind, how_held)
     console = Console()

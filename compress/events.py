@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+Outcome = TypeVar("Outcome")
 
 
 @dataclass(frozen=True)
@@ -18,3 +21,12 @@ class Event:
     total: int = 0
     numbers: dict[str, float] = field(default_factory=dict)
     result: dict[str, Any] | None = None
+
+
+def outcome(events: Generator[Any, None, Outcome]) -> Outcome:
+    """What work comes to whose events nobody watches."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as stop:
+            return stop.value

@@ -141,7 +141,7 @@ def gathered(
     H, mean = torch.zeros(width, width), torch.zeros(width)
     change, shift = torch.zeros(width, width), torch.zeros(width)
     tokens, paired = 0, True
-    room = torch.empty(0)
+    room = torch.empty(0)  # for each batch in float32, in turn
     for number, (inputs, *others) in batches:
         assert inputs is not None
         read = inputs.reshape(-1, width)

@@ -22,7 +22,6 @@ from compress.blockwise import rounded_inputs, streamed
 from compress.calibration import calibrates, check_text
 from compress.checkpoint import fingerprint, load, load_tokenizer, record
 from compress.compressors.base import (
-    HELD,
     LayerCompressor,
     StructureCompressor,
     TrainingCompressor,
@@ -30,7 +29,7 @@ from compress.compressors.base import (
     TransformCompressor,
 )
 from compress.errors import CheckpointError, DataError
-from compress.events import Event
+from compress.events import Event, outcome
 from compress.formats import auto_classes
 from compress.layerwise import solve
 from compress.plain_load import observe
@@ -55,6 +54,8 @@ from compress.workdir import (
     work_folder,
 )
 from compress.writer import Writer, versions
+
+HELD = 128  # windows held out from training at most: enough to tell steps apart, quickly read
 
 
 def run(
@@ -134,12 +135,7 @@ def _help(recipe: Recipe, out: Path) -> Generator[Event, None, dict[str, Any]]:
 
 def apply(recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
     """``run`` without progress: writes the checkpoint folder ``out`` and returns its record."""
-    events = run(recipe, out, **options)
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
+    return outcome(run(recipe, out, **options))
 
 
 def is_done(recipe: Recipe, source: Source, out: Path) -> bool:

@@ -75,17 +75,17 @@ def command(folder: Path, host: str, port: int, server: str | None) -> list[str]
         raise ModelError(
             f"{folder}: no safetensors file, which servers load; serve the folder it was made from"
         )
-    refused = None
-    if find_spec("vllm") and server != "transformers":
+    installed, refused = find_spec("vllm") is not None, None
+    if installed and server != "transformers":
         from compress.export import vllm
         from compress.stored import Stored
 
         refused = vllm.refusal(Stored(folder))
-    server = server or ("vllm" if find_spec("vllm") and not refused else "transformers")
+    server = server or ("vllm" if installed and not refused else "transformers")
     start = [sys.executable, "-m"]
     where = ["--host", host, "--port", str(port)]
     if server == "vllm":
-        if not find_spec("vllm"):
+        if not installed:
             raise CheckpointError("vllm is not installed: pip install vllm")
         if refused:
             raise ModelError(f"{folder}: vLLM does not run it: {refused}")

@@ -27,7 +27,6 @@ from compress.weights import Dense, LowRank, Weight
 from compress.weights.modeling_compressed import Compressed, attach, attach_alias
 
 Shape = tuple[int, int]
-HELD = 128  # windows held out from training at most: enough to tell steps apart, quickly read
 LOSS_WEIGHTED = "weigh tokens by how much the loss depends on the layer's output"
 PROPAGATE = "how far to correct for the error of the layers before (0 not, 1 fully)"
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, RecipeError
+from compress.events import outcome
 from compress.planning.cache import cache_folder
 from compress.planning.files import Files
 from compress.planning.goals import planner_of
@@ -79,13 +80,12 @@ def plans(bench: Bench, seed: int, name: str, families: list[str]) -> None:
         return
     recipe = bench.recipe(seed, {"use": "gptq", "targets": ["all"]})
     planner = planner_of(recipe, bench.source, recipe.stages[0], families, cache_folder())
-    for _ in planner.work():
-        pass
+    outcome(planner.work())
     for percent in missing:
         if bench.size(percent) < planner.least:
             print(f"{percent}%: the least plan has {planner.least:,} bytes", flush=True)
             continue
-        made = _last(planner.best(bench.size(percent)))
+        made = outcome(planner.best(bench.size(percent)))
         bench.add(percent, seed, name, made.shape, made.recipe)
 
 
@@ -187,15 +187,6 @@ def peers(bench: Bench) -> None:
             bench.keep(
                 Row(percent, bench.seeds[0], name, found.setting, found.bytes, nll, float("nan"))
             )
-
-
-def _last(events: Any) -> Any:
-    """What a generator returns."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
 
 
 if __name__ == "__main__":

@@ -28,18 +28,18 @@ import transformers
 
 from compress import recipe as recipes
 from compress import run as runs
+from compress.events import outcome
 from compress.planning.base import Planning
 from compress.planning.cache import cache_folder
 from compress.planning.goals import keep, planner_of
 from compress.planning.menus import FAMILIES
-from compress.planning.plan import Plan
 from compress.planning.shaped import ShapedPlanner
 from compress.recipe import Recipe
 from compress.source import DEMO, Source
+from eval.benchmarks.budget_rows import SIZES
 from eval.harness import Notice, Progress, evaluate
 
 WIDTHS = (64, 128, 256)  # of the random Llamas of six blocks whose frontiers are timed
-SIZES = (50, 35, 25, 18, 12)  # percent of the original's bytes
 
 
 def main() -> None:
@@ -62,8 +62,7 @@ def main() -> None:
     })  # fmt: skip
     families = asked.families.split(",")
     planner = planner_of(recipe, Source(recipe.model), recipe.stages[0], families, cache_folder())
-    for _ in planner.work():
-        pass
+    outcome(planner.work())
     for part in asked.parts:
         if part in PARTS:
             print(f"\n{part}, {asked.model}, seed {asked.seed}", flush=True)
@@ -156,14 +155,7 @@ def grow() -> None:
 
 def keeps(planner: Planning) -> None:
     """99% kept: the plan and the one a step smaller, on evaluation text."""
-    events = keep(planner, 0.99)
-    found: tuple[Plan, Plan | None] | None = None
-    while found is None:
-        try:
-            next(events)
-        except StopIteration as stop:
-            found = stop.value
-    for plan in found:
+    for plan in outcome(keep(planner, 0.99)):
         if plan and plan.measured:
             there = measured(plan.recipe)
             print(f"{plan.bytes:,} bytes: KL {plan.measured[0]:.5f} ± {plan.measured[1]:.5f} on "

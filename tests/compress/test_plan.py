@@ -20,6 +20,7 @@ from compress.compressors.budget import allocate, by_table, least_cost
 from compress.compressors.quantization.bits import cost
 from compress.compressors.quantization.rtn import RTN
 from compress.errors import DataError, RecipeError
+from compress.events import outcome
 from compress.planning.goals import bytes_of, keep
 from compress.planning.law import Law
 from compress.planning.measure import held_out, measure
@@ -291,13 +292,7 @@ def test_the_least_size_that_keeps_the_quality(planner: Planner) -> None:
         "held": True,
         "law": Law.of([0.01, 0.1, 1], [0.02, 0.2, 2]),
     }
-    events = keep(known, 0.9)
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            made, smaller = stop.value
-            break
+    made, smaller = outcome(keep(known, 0.9))
     assert made.measured[0] <= -math.log(0.9) < smaller.measured[0]
     assert made.budget - smaller.budget == pytest.approx(planner.source.nbytes / 100, abs=1)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -22,6 +20,7 @@ from compress.compressors.pruning.admm import ADMM
 from compress.compressors.quantization.bits import cost
 from compress.compressors.quantization.gptq import GPTQ
 from compress.compressors.quantization.gptq_sparse import GPTQSparse
+from compress.events import outcome
 from compress.moments import Moments
 from compress.planning.goals import planner_of
 from compress.planning.law import Law
@@ -31,15 +30,6 @@ from compress.planning.shapes import Shape, reshaped, stages_of
 from compress.problem import LayerProblem
 from compress.source import Source
 from compress.weights import Dense, Masked
-
-
-def answer(events: Generator[Any, None, Any]) -> Any:
-    """What a generator returns."""
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            return stop.value
 
 
 def problem() -> LayerProblem:
@@ -143,7 +133,7 @@ def test_a_shape_costs_what_its_stage_costs(planner: ShapedPlanner, tmp_path: Pa
     for number, one in enumerate(planner.planners[1:], 1):
         (stage,) = one.shape.stages
         recipe = planner.recipe.model_copy(update={"stages": [stage]})
-        shape: Shape = answer(reshaped(stage, recipe, planner.source, tmp_path / f"{number}"))
+        shape: Shape = outcome(reshaped(stage, recipe, planner.source, tmp_path / f"{number}"))
         assert {s.name: s.shape for s in shape.source.anatomy.sites} == {
             s.name: s.shape for s in one.source.anatomy.sites
         }
@@ -174,7 +164,7 @@ def test_the_best_shape_is_chosen_by_costs_and_then_by_measuring(planner: Shaped
     assert len(plans) == len(planner.planners)
     best = planner.fit(planner.whole.least)
     assert best.cost == min(plan.cost for plan in plans)
-    chosen = answer(planner.refine(best, 0))
+    chosen = outcome(planner.refine(best, 0))
     assert chosen.measured[0] == min(planner.measured(p).expected for p in plans)
     assert planner.least < planner.whole.least
     assert planner.fit(planner.least).shape
@@ -187,14 +177,14 @@ def test_shapes_that_are_predicted_to_be_far_off_are_not_measured(
     for one in planner.planners:
         monkeypatch.setattr(one, "law", Law.of([0.001, 0.1, 1], [0.001, 0.1, 1]))
     monkeypatch.setattr(planner, "measured", lambda plan: tried.append(plan) or plan)
-    assert answer(planner.best(size)) == planner.fit(size)
+    assert outcome(planner.best(size)) == planner.fit(size)
     most = 1.5 * tried[0].expected
     near = [p for p in planner.fits(size) if not p.predicted or p.expected < most]
     assert 0 < len(tried) == len(near) < len(planner.planners)
 
 
 def test_a_frontier_of_several_shapes_is_measured(planner: ShapedPlanner) -> None:
-    plans = answer(planner.frontier(3))
+    plans = outcome(planner.frontier(3))
     assert [plan.budget for plan in plans] == planner.whole.sizes(3)
     for plan in plans:
         shapes = [planner.measured(one) for one in planner.fits(plan.budget)]
