@@ -16,10 +16,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-PRODUCTS: frozenset[Callable[..., Any]] = frozenset((
-    functional.linear, torch.addmm, torch.baddbmm, torch.bmm, torch.matmul, torch.mm,
-    Tensor.addmm, Tensor.baddbmm, Tensor.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm,
-))  # fmt: skip
+# what is multiplied → the place of its first factor
+PRODUCTS: dict[Callable[..., Any], int] = {
+    functional.linear: 0, torch.matmul: 0, torch.mm: 0, torch.bmm: 0,
+    Tensor.matmul: 0, Tensor.__matmul__: 0, Tensor.mm: 0, Tensor.bmm: 0,
+    torch.addmm: 1, torch.baddbmm: 1, Tensor.addmm: 1, Tensor.baddbmm: 1,
+}  # fmt: skip
+FEW = 16  # rows: so few are bound by reading the other factor, of which float32 is twice as much
 PIECE = 1 << 17  # numbers that are widened at a time
 
 
@@ -45,17 +48,19 @@ class _InFloat32(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.linear and _slow(args[0]) and not torch.is_grad_enabled():
+        place = PRODUCTS.get(func)
+        if place is None or len(args) <= place or not _slow(args[place]):
+            return func(*args, **kwargs)
+        if func is functional.linear and not torch.is_grad_enabled():
             return _linear(*args, **kwargs)
-        if func in PRODUCTS and args and _slow(args[0]):
-            wide = [a.float() if isinstance(a, Tensor) else a for a in args]
-            named = {k: a.float() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
-            return func(*wide, **named).bfloat16()
-        return func(*args, **kwargs)
+        wide = [a.float() if isinstance(a, Tensor) else a for a in args]
+        named = {k: a.float() if isinstance(a, Tensor) else a for k, a in kwargs.items()}
+        return func(*wide, **named).bfloat16()
 
 
-def _slow(tensor: Tensor) -> bool:
-    return tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu"
+def _slow(factor: Tensor) -> bool:
+    many = factor.numel() >= FEW * factor.shape[-1]
+    return many and factor.dtype == torch.bfloat16 and factor.device.type == "cpu"
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

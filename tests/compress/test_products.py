@@ -24,11 +24,12 @@ def numbers(*shape: int) -> Tensor:
 
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "linear": (functional.linear, (numbers(3, 700, 37), numbers(211, 37), numbers(211))),
+    "linear, few rows": (functional.linear, (numbers(3, 5, 37), numbers(211, 37), numbers(211))),
     "linear, one row": (functional.linear, (numbers(5), numbers(3, 5))),
     "linear, no rows": (functional.linear, (numbers(0, 5), numbers(3, 5))),
     "addmm": (torch.addmm, (numbers(9), numbers(17, 5), numbers(5, 9))),
-    "@": (lambda a, b: a @ b, (numbers(2, 7, 5), numbers(2, 5, 3))),
-    "bmm": (torch.bmm, (numbers(2, 7, 5), numbers(2, 5, 3))),
+    "@": (lambda a, b: a @ b, (numbers(2, 70, 5), numbers(2, 5, 3))),
+    "bmm": (torch.bmm, (numbers(2, 70, 5), numbers(2, 5, 3))),
 }
 
 
@@ -56,17 +57,17 @@ def test_products_are_of_float32() -> None:
             return func(*args, **(kwargs or {}))
 
     with Watching(), fast_products():
-        functional.linear(numbers(4, 8), numbers(2, 8))
+        functional.linear(numbers(40, 8), numbers(2, 8))
     assert set(seen) == {torch.float32}
 
 
 def test_gradients_come_back_in_bfloat16() -> None:
-    x, w = numbers(6, 5).requires_grad_(), numbers(3, 5).requires_grad_()
+    x, w = numbers(60, 5).requires_grad_(), numbers(3, 5).requires_grad_()
     with fast_products():
         functional.linear(x, w).sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(x.grad, w.detach().float().sum(0).bfloat16().expand(6, 5))
+    torch.testing.assert_close(x.grad, w.detach().float().sum(0).bfloat16().expand(60, 5))
 
 
 def test_other_types_are_left_alone() -> None:
