@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from compress import distributed, sharded
 from compress.errors import RecipeError
 from compress.memory import keep_large
+from compress.products import fast_products
 from compress.sharded import like, whole
 from compress.store import SafetensorsWriter
 
@@ -200,9 +201,10 @@ class Trainer:
                 self.accelerator.backward(loss * (self.processes / count))
             total += loss.item()
         nn.utils.clip_grad_norm_(self.trained, self.schedule.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        with fast_products():  # Muon's are of bfloat16 everywhere
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         return distributed.total(total).item() / count
 
     def _together(self, last: bool) -> AbstractContextManager[Any]:
