@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,21 @@ import typer
 import yaml
 
 from compress.errors import RecipeError
+from compress.memory import ASKED
+from compress.sizes import parse_size
+
+
+def limit_memory(asked: str | None) -> str | None:
+    """For this process and those that it starts.
+
+    Raises:
+        RecipeError: it is no size.
+    """
+    if asked:
+        parse_size(asked, 100)
+        os.environ[ASKED] = asked
+    return asked
+
 
 Recipes = Annotated[list[Path] | None, typer.Argument(metavar="RECIPE…", help="YAML recipe files.")]
 Folders = Annotated[list[str], typer.Argument(metavar="DIR…", help="Checkpoint folders, or demo.")]
@@ -24,8 +40,23 @@ Seed = Annotated[int | None, typer.Option(help="Overrides the recipe's seed.")]
 Sets = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. stages.0.bits=3")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        envvar=ASKED,
+        callback=limit_memory,
+        help="What the process may take, e.g. 2GB or 30%: what waits beyond that is on disk.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line on standard output.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, no tables.")]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        help="Load the result in a process of its own before it appears; takes the memory of the "
+        "whole model."
+    ),
+]
 Overwrite = Annotated[bool, typer.Option(help="Replace an output that exists.")]
 Samples = Annotated[int, typer.Option(min=1, help="Windows of evaluation text.")]
 Limit = Annotated[int | None, typer.Option(min=2, help="Questions or examples, at most.")]

@@ -30,6 +30,7 @@ from compress.arguments import (
     Json,
     Length,
     Limit,
+    Memory,
     Model,
     Overwrite,
     Quiet,
@@ -39,6 +40,7 @@ from compress.arguments import (
     Sets,
     Size,
     Tasks,
+    Verify,
     names,
     overrides,
     pairs,
@@ -82,6 +84,7 @@ def run(
     data: Data = None,
     seed: Seed = None,
     sets: Sets = None,
+    memory: Memory = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -142,14 +145,9 @@ def apply(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and count; write nothing.")
     ] = False,
+    memory: Memory = None,
     overwrite: Overwrite = False,
-    verify: Annotated[
-        bool,
-        typer.Option(
-            help="Load the result in a process of its own before it appears; takes the "
-            "memory of the whole model."
-        ),
-    ] = True,
+    verify: Verify = True,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

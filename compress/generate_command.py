@@ -10,7 +10,6 @@ import typer
 from compress.arguments import Quiet
 from compress.display import screen
 from compress.errors import ModelError, RecipeError
-from compress.products import fast_products
 
 
 def generate(
@@ -35,6 +34,7 @@ def generate(
     import torch
 
     from compress.checkpoint import load, load_tokenizer
+    from compress.products import fast_products
     from compress.source import resolve
 
     if not prompt:

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import psutil
 
+from compress.sizes import parse_size
+
+ASKED = "COMPRESSKIT_MEMORY"  # what the process may take in all: 2GB, or a share of the machine's
+
 
 def give_back() -> None:
     """Return what is free to the system (glibc's malloc_trim)."""
@@ -47,9 +51,16 @@ def _glibc(function: str, *arguments: int) -> None:
 
 
 def available() -> int:
-    """Bytes that this process may still take: what is free, or what its control group leaves."""
-    own = psutil.Process().memory_info().rss
-    free = min([psutil.virtual_memory().available, *(limit - own for limit in _limits())])
+    """Bytes that this process may still take: what is free, or what limits leave of it.
+
+    Raises:
+        RecipeError: ``COMPRESSKIT_MEMORY`` is no size.
+    """
+    own, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
+    limits = _limits()
+    if asked := os.environ.get(ASKED):
+        limits.append(parse_size(asked, machine.total))
+    free = min([machine.available, *(limit - own for limit in limits)])
     return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 

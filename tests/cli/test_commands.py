@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from compress import cli, registry
+from compress.memory import ASKED
 from eval import harness
 from eval.harness import Progress
 
@@ -319,6 +320,22 @@ def test_plan_writes_a_recipe_that_apply_obeys(compress: Run, tmp_path: Path) ->
     taken = json.loads(answer.out)["bytes"]
     assert 0.99 * 0.3 * taken["original"] < taken["disk"] <= 0.3 * taken["original"]
     assert compress("plan", "--size", "a third", "--out", recipe).code == 2
+
+
+def test_little_memory_changes_no_byte(
+    compress: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ASKED, "")  # as it was, afterwards
+    recipe = tmp_path / "gptq.yaml"
+    recipe.write_text("calibration: {data: demo, samples: 16, length: 256}\nstages: [{use: gptq}]")
+    for out, *memory in (["free"], ["little", "--memory", "1MB"]):
+        made = compress("apply", recipe, "--out", tmp_path / out, "--no-verify", *memory)
+        assert made.code == 0
+    free, little = (tmp_path / out / "model.safetensors" for out in ("free", "little"))
+    assert free.read_bytes() == little.read_bytes()
+    wrong = compress("apply", recipe, "--out", tmp_path / "wrong", "--memory", "much")
+    assert wrong.code == 2
+    assert "size much" in wrong.line
 
 
 def test_help_waits_for_no_model_library() -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from tiny import normal
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from compress import blockwise, memory
 from compress.blockwise import stops
+from compress.errors import RecipeError
 from compress.offload import SMALL, Offload
 
 WIDTH, ROWS = 64, SMALL // 64 // 4  # a hidden state is just large enough for the disk
@@ -113,3 +115,16 @@ def test_control_groups_limit_what_is_free(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(memory, "_limits", lambda: [])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert memory.available() == pytest.approx(whole / 2, rel=0.2)
+
+
+def test_a_person_may_say_how_much_may_be_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
+    monkeypatch.setenv(memory.ASKED, f"{own + 10**8}")
+    assert memory.available() == pytest.approx(10**8, abs=3e7)
+    monkeypatch.setenv(memory.ASKED, "1MB")
+    assert memory.available() == 0
+    monkeypatch.setenv(memory.ASKED, "100%")
+    assert memory.available() <= machine.total - own + 3e7
+    monkeypatch.setenv(memory.ASKED, "much")
+    with pytest.raises(RecipeError, match="size much: write a share or bytes"):
+        memory.available()
