@@ -25,11 +25,13 @@ from torch import Tensor, nn
 
 from compress import distributed, sharded
 from compress.errors import RecipeError
+from compress.muon import Muon
 from compress.sharded import like, whole
 from compress.store import SafetensorsWriter
 
 STATE = "training.safetensors"
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Keep: TypeAlias = Literal["best", "last"]
 Report: TypeAlias = Callable[[int, int, dict[str, float]], None]
 
 
@@ -55,8 +57,8 @@ class Objective(nn.Module, ABC):
 class Schedule:
     """How long and how fast. ``patience`` checks without a better held-out loss end the run.
 
-    A step takes ``batch`` windows over all processes; each takes its share in ``accumulate``
-    pieces, one in memory at a time.
+    Where the ``last`` step is to be kept, nothing ends it early. A step takes ``batch`` windows
+    over all processes; each takes its share in ``accumulate`` pieces, one in memory at a time.
     """
 
     steps: int
@@ -68,6 +70,7 @@ class Schedule:
     weight_decay: float = 0.0
     check_every: int = 25
     patience: int = 6
+    keep: Keep = "best"
     begin: float = 0.1  # share of the steps after which what comes later moves as well
     floor: float = 0.1  # share of the learning rate that is left at the end
 
@@ -125,7 +128,7 @@ class Trainer:
         self.progress = _Progress(folder / STATE, self.trained, self.optimizers)
 
     def fit(self, train: Tensor, held: Tensor) -> dict[str, Any]:
-        """Train, and leave the best held-out parameters in place.
+        """Train, and leave the parameters of the best held-out loss, or the last, in place.
 
         ``train`` and ``held`` are int64 and are cut into batches along their first dimension:
         windows of tokens, or their numbers. Returns steps taken, the best step, the held-out loss
@@ -145,7 +148,9 @@ class Trainer:
         if not progress.resume():
             progress.start(self.check(held))
         first, start = progress.step, time.monotonic()
-        while progress.step < schedule.steps and progress.waited < schedule.patience:
+        best = schedule.keep == "best"
+        patience = schedule.patience if best else math.inf
+        while progress.step < schedule.steps and progress.waited < patience:
             rows = train[_batch(progress.step, len(train), schedule.batch, self.seed)]
             loss = self._step(rows, progress.step)
             progress.step += 1
@@ -158,7 +163,8 @@ class Trainer:
             numbers["tokens_per_s"] = done * len(rows) * self.length / max(seconds, 1e-9)
             numbers["seconds_left"] = (schedule.steps - progress.step) * seconds / done
             self.report(progress.step, schedule.steps, numbers)
-        progress.restore_best()
+        if best:
+            progress.restore_best()
         return progress.summary()
 
     def check(self, held: Tensor) -> float:
@@ -316,13 +322,10 @@ def _optimizers(
     later: Callable[[str], bool],
     matrix: Callable[[str], bool],
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for matrices, with steps of the size of AdamW's (arXiv 2502.16982)."""
+    """AdamW, and Muon for matrices."""
     made: list[torch.optim.Optimizer] = []
-    kinds: list[tuple[Any, bool, dict[str, Any]]] = [
-        (torch.optim.AdamW, False, {}),
-        (torch.optim.Muon, True, {"adjust_lr_fn": "match_rms_adamw"}),
-    ]
-    for kind, moves, options in kinds:
+    kinds: list[tuple[Any, bool]] = [(torch.optim.AdamW, False), (Muon, True)]
+    for kind, moves in kinds:
         mine = [(name, p) for name, p in named if matrix(name) is moves]
         groups = [
             {"params": [p for name, p in mine if later(name) is second], "later": second}
@@ -330,7 +333,7 @@ def _optimizers(
         ]
         groups = [group for group in groups if group["params"]]
         if groups:
-            made.append(kind(groups, lr=0.0, weight_decay=weight_decay, **options))
+            made.append(kind(groups, lr=0.0, weight_decay=weight_decay))
     return made
 
 
