@@ -32,6 +32,7 @@ from compress.store import SafetensorsWriter
 
 STATE = "training.safetensors"
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Keep: TypeAlias = Literal["best", "last"]
 Report: TypeAlias = Callable[[int, int, dict[str, float]], None]
 
 
@@ -57,8 +58,8 @@ class Objective(nn.Module, ABC):
 class Schedule:
     """How long and how fast. ``patience`` checks without a better held-out loss end the run.
 
-    A step takes ``batch`` windows over all processes; each takes its share in ``accumulate``
-    pieces, one in memory at a time.
+    Where the ``last`` step is to be kept, nothing ends it early. A step takes ``batch`` windows
+    over all processes; each takes its share in ``accumulate`` pieces, one in memory at a time.
     """
 
     steps: int
@@ -70,6 +71,7 @@ class Schedule:
     weight_decay: float = 0.0
     check_every: int = 25
     patience: int = 6
+    keep: Keep = "best"
     begin: float = 0.1  # share of the steps after which what comes later moves as well
     floor: float = 0.1  # share of the learning rate that is left at the end
 
@@ -127,7 +129,7 @@ class Trainer:
         self.progress = _Progress(folder / STATE, self.trained, self.optimizers)
 
     def fit(self, train: Tensor, held: Tensor) -> dict[str, Any]:
-        """Train, and leave the best held-out parameters in place.
+        """Train, and leave the parameters of the best held-out loss, or the last, in place.
 
         ``train`` and ``held`` are int64 and are cut into batches along their first dimension:
         windows of tokens, or their numbers. Returns steps taken, the best step, the held-out loss
@@ -148,7 +150,9 @@ class Trainer:
         if not progress.resume():
             progress.start(self.check(held))
         first, start = progress.step, time.monotonic()
-        while progress.step < schedule.steps and progress.waited < schedule.patience:
+        best = schedule.keep == "best"
+        patience = schedule.patience if best else math.inf
+        while progress.step < schedule.steps and progress.waited < patience:
             rows = train[_batch(progress.step, len(train), schedule.batch, self.seed)]
             loss = self._step(rows, progress.step)
             progress.step += 1
@@ -161,7 +165,8 @@ class Trainer:
             numbers["tokens_per_s"] = done * len(rows) * self.length / max(seconds, 1e-9)
             numbers["seconds_left"] = (schedule.steps - progress.step) * seconds / done
             self.report(progress.step, schedule.steps, numbers)
-        progress.restore_best()
+        if best:
+            progress.restore_best()
         return progress.summary()
 
     def check(self, held: Tensor) -> float:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -60,6 +60,7 @@ def regression(
     accumulate: int = 1,
     held: Tensor | None = None,
     matrix: str = "",
+    keep: Literal["best", "last"] = "best",
 ) -> tuple[nn.Module, dict[str, Any], list[tuple[int, int, dict[str, float]]]]:
     """Train ``Triple``; what was reported, without the numbers that depend on the clock."""
     model, seen = Triple(), []
@@ -71,7 +72,7 @@ def regression(
         if step == kill_at:
             raise Killed
 
-    schedule = Schedule(steps, rate, 8, accumulate, check_every=5, patience=patience)
+    schedule = Schedule(steps, rate, 8, accumulate, check_every=5, patience=patience, keep=keep)
     trainer = Trainer(
         model, schedule, seed=3, folder=folder, report=report, matrix=lambda name: name == matrix
     )
@@ -130,6 +131,19 @@ def test_the_best_step_is_kept(tmp_path: Path) -> None:
     assert summary["best_step"] != 30
     now = model(HELD, None).item() / len(HELD)
     assert now == pytest.approx(best, rel=1e-5)
+
+
+def test_the_last_step_is_kept_and_reached_if_that_is_asked_for(tmp_path: Path) -> None:
+    """The same rate, at which the loss gets worse; the patience of one check would end it."""
+    way: dict[str, Any] = {"rate": 3.0, "patience": 1, "keep": "last"}
+    model, summary, _ = regression(tmp_path, **way)
+    losses = summary["held_out_loss"]
+    assert summary["steps"] == 30
+    assert losses["best"] < losses["last"]
+    assert model(HELD, None).item() / len(HELD) == pytest.approx(losses["last"], rel=1e-5)
+    again, same, rest = regression(tmp_path, **way)
+    assert (same, rest) == (summary, [])
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(again), strict=True))
 
 
 def test_it_ends_when_nothing_gets_better(tmp_path: Path) -> None:

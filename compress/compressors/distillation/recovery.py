@@ -25,7 +25,7 @@ from compress.compressors.distillation.losses import (
 from compress.compressors.distillation.teacher import Cached, Online, Teacher, read
 from compress.errors import ModelError
 from compress.objective import Examples, examples, family
-from compress.training import Precision, Schedule, Trainer
+from compress.training import Keep, Precision, Schedule, Trainer
 
 RATE, WIDTH = 1e-3, 128  # a learning rate, and the hidden width at which it did well
 
@@ -34,7 +34,8 @@ class Recovery(TrainingCompressor):
     """loss = kl_share · T²·D(teacher_T, student_T) + (1 − kl_share) · cross-entropy + features.
 
     D is one of several divergences. Methods differ in what they train. The best step by
-    KL(teacher ‖ student) on held-out text is kept.
+    KL(teacher ‖ student) on held-out text is kept; where much cross-entropy is asked for, which
+    leads away from the teacher, the last step may be the better one (``keep``).
     """
 
     family: ClassVar = "distillation"
@@ -82,6 +83,9 @@ class Recovery(TrainingCompressor):
     )
     weight_decay: float = Field(0.0, ge=0, description="AdamW's")
     patience: int = Field(6, ge=1, description="checks without improvement that end the run")
+    keep: Keep = Field(
+        "best", description="the step of the least held-out KL, or the last, then always reached"
+    )
 
     @model_validator(mode="after")
     def _what_a_cache_holds(self) -> Recovery:
@@ -167,6 +171,7 @@ class Recovery(TrainingCompressor):
                 weight_decay=self.weight_decay,
                 floor=self.floor,
                 patience=self.patience,
+                keep=self.keep,
             ),
             seed=run.seed,
             folder=run.folder,
