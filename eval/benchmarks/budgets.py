@@ -54,12 +54,13 @@ def main() -> None:
     arguments.add_argument("--model", default="demo")
     arguments.add_argument("--data", default="demo")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    arguments.add_argument("--effort", type=int, default=0, help="plans measured for each of ours")
     arguments.add_argument("--shapes", default="", help="families of a second plan, e.g. width")
     arguments.add_argument("--peers", action="store_true", help="llama.cpp and auto-round, too")
     asked = arguments.parse_args()
     bench = Bench(asked.out, asked.model, asked.data, asked.seeds)
     for seed in bench.seeds:
-        plans(bench, seed, "plan", ["quantization"])
+        plans(bench, seed, "plan", ["quantization"], asked.effort)
     for percent in SIZES:
         uniform(bench, percent)
     for seed, percent in itertools.product(bench.seeds, SIZES):
@@ -69,12 +70,12 @@ def main() -> None:
     if asked.shapes:
         for seed in bench.seeds:
             families = ["quantization", *asked.shapes.split(",")]
-            plans(bench, seed, f"plan with {asked.shapes}", families)
+            plans(bench, seed, f"plan with {asked.shapes}", families, asked.effort)
     print(table(bench, list(LINES)))
 
 
-def plans(bench: Bench, seed: int, name: str, families: list[str]) -> None:
-    """A plan for every size; of several shapes that of least KL on calibration text."""
+def plans(bench: Bench, seed: int, name: str, families: list[str], effort: int) -> None:
+    """A plan for every size; of several that of least KL on calibration text."""
     missing = [percent for percent in SIZES if (percent, seed, name) not in bench.rows]
     if not missing:
         return
@@ -85,7 +86,7 @@ def plans(bench: Bench, seed: int, name: str, families: list[str]) -> None:
         if bench.size(percent) < planner.least:
             print(f"{percent}%: the least plan has {planner.least:,} bytes", flush=True)
             continue
-        made = outcome(planner.best(bench.size(percent)))
+        made = outcome(planner.refine(planner.fit(bench.size(percent)), effort))
         bench.add(percent, seed, name, made.shape, made.recipe)
 
 
