@@ -24,6 +24,7 @@ from compress import distributed
 from compress.anatomy import Anatomy, Block, Site
 from compress.memory import available, give_back
 from compress.offload import Offload, apart
+from compress.products import fast_products
 from compress.store import Part
 from compress.weights import Weight
 from compress.weights.modeling_compressed import round_tokens
@@ -218,7 +219,8 @@ def stops(
 
     def go_on(key: tuple[int, int]) -> None:
         waiting.pop(key, None)
-        with torch.no_grad(), offload.running(key) if offload else nullcontext():
+        running = offload.running(key) if offload else nullcontext()
+        with torch.no_grad(), fast_products(), running:
             at = passes[key].switch()
         if at is not None:
             waiting[key] = at

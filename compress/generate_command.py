@@ -10,6 +10,7 @@ import typer
 from compress.arguments import Quiet
 from compress.display import screen
 from compress.errors import ModelError, RecipeError
+from compress.products import fast_products
 
 
 def generate(
@@ -52,7 +53,7 @@ def generate(
     streamer = _timed(tokenizer)
     torch.manual_seed(seed)
     drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.inference_mode():
+    with torch.inference_mode(), fast_products():
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

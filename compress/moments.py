@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress import distributed
+from compress.products import fast_products
 
 TILE = 128  # inputs whose moments are summed at a time
 DAMPING = 0.01  # of the mean diagonal (GPTQ, arXiv 2210.17323)
@@ -160,7 +161,8 @@ def gathered(
             paired = False
         elif paired:
             ahead = original.reshape(-1, width) - read
-            change += read.T @ ahead if count is None else weighted.T @ ahead.float()
+            with fast_products():
+                change += read.T @ ahead if count is None else weighted.T @ ahead.float()
             shift += (ahead.float() if count is None else ahead * count).sum(0)
     paired = bool(distributed.least(paired))
     tokens = max(1, int(distributed.total(torch.tensor(tokens))))

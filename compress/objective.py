@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import DataError, NotMeasurable
+from compress.products import fast_products
 
 Family: TypeAlias = Literal["causal", "masked", "encoder-decoder", "other"]
 
@@ -46,7 +47,8 @@ class Examples:
     def call(self, model: Any, rows: slice | Tensor) -> Any:
         """The output of ``model`` for some windows."""
         inputs = {name: ids[rows].to(model.device) for name, ids in self.inputs.items()}
-        return model(**inputs, **self.options)
+        with fast_products():
+            return model(**inputs, **self.options)
 
 
 def family(model: Any) -> Family:

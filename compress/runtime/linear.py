@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from compress.products import fast_products
 from compress.runtime.matrices import DTYPE, Int4, Int8, Matrix, block_rows, kernel_group
 from compress.weights import Coded, Huffman, LowRank, Masked, Quantized, Sum, Weight
 from compress.weights import Int8 as StoredInt8
@@ -36,7 +37,8 @@ class Plain(Matrix):
         self.register_buffer("values", weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.values)
+        with fast_products():
+            return linear(x, self.values)
 
 
 class Factors(Matrix):

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from compress.products import fast_products
+
 GROUPS = (256, 128, 64, 32)  # that the int4 kernel takes
 PIECE = 3_000_000  # numbers decoded at a time
 CHUNK = 1_000_000  # of these, that are in float32 at a time
@@ -44,7 +46,8 @@ class Matrix(nn.Module):
         x = pad(x, (0, self.missing)) if self.missing else x
         if len(x) <= self.few:
             return self.multiply(x)
-        pieces = [self.product(x, start, end) for start, end in self.pieces()]
+        with fast_products():
+            pieces = [self.product(x, start, end) for start, end in self.pieces()]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def multiply(self, x: Tensor) -> Tensor:

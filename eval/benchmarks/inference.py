@@ -37,11 +37,12 @@ from compress.checkpoint import load
 from compress.errors import CompressError
 from compress.export.export import export
 from compress.memory import give_back
-from compress.source import DEMO, open_file
+from compress.source import open_file
 from compress.store import SafetensorsWriter
+from eval.benchmarks import random_llama
+from eval.benchmarks.random_llama import VOCABULARY
 from eval.metrics.speed import take_turns, threads
 
-VOCABULARY = 2048  # the demo's tokenizer, which GGUF files must carry
 FOLDERS: dict[str, list[dict[str, Any]]] = {
     "int8": [{"use": "rtn", "bits": 8, "group": "channel", "targets": ["all"]}],
     "int8-groups": [{"use": "rtn", "bits": 8, "targets": ["all"]}],
@@ -66,18 +67,8 @@ Runs = dict[str, Callable[[], float]]  # what is timed → one run, in seconds
 
 def make_folders(home: Path, width: int, blocks: int, wanted: set[str]) -> int:
     """The dense folder and the ``wanted`` ones; returns the dense model's parameters."""
-    config = transformers.LlamaConfig(
-        hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=1,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, vocab_size=VOCABULARY,
-        max_position_embeddings=2048, tie_word_embeddings=False, dtype="bfloat16",
-        bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
     block = home / "block"
-    model: Any = transformers.LlamaForCausalLM(config)
-    model.to(torch.bfloat16).save_pretrained(block)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, block)
+    random_llama.save(block, width, 1, head=64)
     parameters = repeat(block, home / "dense", blocks)
     if "depth" in wanted:
         repeat(block, home / "depth", blocks * 3 // 4)

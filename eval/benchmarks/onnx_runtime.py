@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,17 +33,17 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 import compress
 from compress.blockwise import put
 from compress.export import llama, onnx_session
 from compress.export.export import export
-from compress.source import DEMO
 from compress.stored import Stored
 from compress.verify import relative_difference
+from eval.benchmarks import random_llama
+from eval.benchmarks.random_llama import VOCABULARY
 
-VOCABULARY = 2048
 PROMPT = 128
 FIRST, LONG = 8, 512  # tokens before those that are read one at a time
 TOKENS = 24
@@ -102,16 +101,8 @@ def runs(how: str) -> bool:
 def make(folder: Path, wanted: set[tuple[str, str]], layers: int, width: int) -> None:
     """Models and exports that are not there yet, and the logits that each should give."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, intermediate_size=width * 11 // 4,
-        max_position_embeddings=2048, bos_token_id=0, eos_token_id=0, dtype="bfloat16",
-    )  # fmt: skip
     if not (folder / "dense").is_dir():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).bfloat16().save_pretrained(folder / "dense")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            shutil.copy(DEMO / name, folder / "dense")
+        random_llama.save(folder / "dense", width, layers, head=64)
     for weights in sorted({weights for weights, _ in wanted}):
         if not (folder / weights).is_dir():
             stage = {"use": "rtn", "bits": int(weights[-1]), "targets": ["all"]}

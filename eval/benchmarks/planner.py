@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,9 +21,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from compress import recipe as recipes
 from compress import run as runs
@@ -35,7 +31,8 @@ from compress.planning.goals import keep, planner_of
 from compress.planning.menus import FAMILIES
 from compress.planning.shaped import ShapedPlanner
 from compress.recipe import Recipe
-from compress.source import DEMO, Source
+from compress.source import Source
+from eval.benchmarks import random_llama
 from eval.benchmarks.budget_rows import SIZES
 from eval.harness import Notice, Progress, evaluate
 
@@ -127,18 +124,9 @@ def grow() -> None:
     """A frontier of ten from nothing, for models of three sizes: seconds and peak memory."""
     print("parameters  seconds  of processor time  peak memory")
     for width in WIDTHS:
-        config = transformers.LlamaConfig(
-            hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=6,
-            num_attention_heads=width // 32, num_key_value_heads=width // 64, vocab_size=2048,
-            tie_word_embeddings=True, dtype="bfloat16", max_position_embeddings=512,
-        )  # fmt: skip
-        torch.manual_seed(0)
-        model: Any = transformers.LlamaForCausalLM(config)
-        model.to(torch.bfloat16)
         with tempfile.TemporaryDirectory() as home:
-            model.save_pretrained(f"{home}/model")
-            for name in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(DEMO / name, f"{home}/model")
+            shape = {"num_key_value_heads": width // 64, "tie_word_embeddings": True}
+            parameters = random_llama.save(Path(home, "model"), width, 6, head=32, **shape)
             start = time.perf_counter()
             command = ["plan", "--frontier", "10", "--model", f"{home}/model", "--data", "demo"]
             done = subprocess.Popen(
@@ -148,7 +136,7 @@ def grow() -> None:
             _, status, used = os.wait4(done.pid, 0)
             if status:
                 sys.exit(f"compress {' '.join(command)} ended with {status}")
-            print(f"{model.num_parameters():,}  {time.perf_counter() - start:.0f}  "
+            print(f"{parameters:,}  {time.perf_counter() - start:.0f}  "
                   f"{used.ru_utime + used.ru_stime:.0f}  {used.ru_maxrss / 1e6:.2f} GB",
                   flush=True)  # fmt: skip
 

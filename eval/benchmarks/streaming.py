@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,12 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
-from compress.source import DEMO
 from compress.store import SafetensorsWriter
+from eval.benchmarks import random_llama
+from eval.benchmarks.random_llama import VOCABULARY
 
-VOCABULARY = 2048
 DEPTHS = (4, 12, 32)
 STAGES: dict[str, dict[str, Any]] = {
     "rtn": {"use": "rtn", "bits": 4},
@@ -79,16 +77,11 @@ print(json.dumps({"seconds": seconds, "memory": peak - before, "resident": resid
 
 def make_model(folder: Path, depth: int, width: int) -> int:
     """A Llama of ``depth`` random blocks, written tensor by tensor; returns its bytes."""
-    feed = width * 11 // 4
-    config = LlamaConfig(
-        hidden_size=width, intermediate_size=feed, num_hidden_layers=depth, vocab_size=VOCABULARY,
-        num_attention_heads=16, num_key_value_heads=16, tie_word_embeddings=True,
-        architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+    config = random_llama.config(width, depth, head=width // 16, tie_word_embeddings=True)
+    feed = config.intermediate_size
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO / name, folder)
+    random_llama.copy_tokenizer(folder)
     writer = SafetensorsWriter(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
 

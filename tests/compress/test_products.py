@@ -1,0 +1,82 @@
+"""Products of bfloat16 without kernels for them: the same numbers, types and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compress import products
+from compress.products import fast_products
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "has_bfloat16", lambda: False)
+
+
+def numbers(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).bfloat16()
+
+
+CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "linear": (functional.linear, (numbers(3, 700, 37), numbers(211, 37), numbers(211))),
+    "linear, few rows": (functional.linear, (numbers(3, 5, 37), numbers(211, 37), numbers(211))),
+    "linear, one row": (functional.linear, (numbers(5), numbers(3, 5))),
+    "linear, no rows": (functional.linear, (numbers(0, 5), numbers(3, 5))),
+    "addmm": (torch.addmm, (numbers(9), numbers(17, 5), numbers(5, 9))),
+    "@": (lambda a, b: a @ b, (numbers(2, 70, 5), numbers(2, 5, 3))),
+    "bmm": (torch.bmm, (numbers(2, 70, 5), numbers(2, 5, 3))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_product_is_the_exact_one_rounded_once(name: str, grad: bool) -> None:
+    function, arguments = CASES[name]
+    exact = function(*(a.double() for a in arguments))
+    with fast_products(), torch.set_grad_enabled(grad):
+        found = function(*arguments)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == exact.shape
+    torch.testing.assert_close(found, exact.bfloat16(), rtol=2**-7, atol=1e-6)
+
+
+def test_products_are_of_float32() -> None:
+    """Sums of many small numbers in bfloat16 would stop growing."""
+    seen = []
+
+    class Watching(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.extend(
+                a.dtype for a in args if isinstance(a, Tensor) and func is functional.linear
+            )
+            return func(*args, **(kwargs or {}))
+
+    with Watching(), fast_products():
+        functional.linear(numbers(40, 8), numbers(2, 8))
+    assert set(seen) == {torch.float32}
+
+
+def test_gradients_come_back_in_bfloat16() -> None:
+    x, w = numbers(60, 5).requires_grad_(), numbers(3, 5).requires_grad_()
+    with fast_products():
+        functional.linear(x, w).sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(x.grad, w.detach().float().sum(0).bfloat16().expand(60, 5))
+
+
+def test_other_types_are_left_alone() -> None:
+    a, b = torch.ones(2, 3, dtype=torch.float16), torch.ones(3, 2, dtype=torch.float16)
+    with fast_products():
+        assert (a @ b).dtype == torch.float16
+        assert (a.long() @ b.long()).dtype == torch.int64
+
+
+def test_where_there_are_kernels_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    assert not isinstance(fast_products(), torch.overrides.TorchFunctionMode)
