@@ -26,7 +26,7 @@ from compress.blockwise import dense_tensor, put, stops, streamed
 from compress.calibration import calibrates, forward_passes
 from compress.compressors.base import CalibratedCompressor, LayerCompressor
 from compress.events import Event
-from compress.memory import give_back, map_large
+from compress.memory import give_back, keep_large, map_large
 from compress.moments import Moments, gathered
 from compress.objective import family
 from compress.problem import LayerProblem, Table
@@ -235,9 +235,12 @@ class _Calibrated:
 
     def measured(self) -> dict[str, Sensitivity]:
         """What the loss's gradient says of every site; takes the model in memory."""
+        keep_large()
         whole = assemble(self.source, self.before, torch.float32)
         names = [name for name in self.sites if name not in self.heads]
-        return sensitivities(whole, self.forwards, names, self.heads)
+        found = sensitivities(whole, self.forwards, names, self.heads)
+        map_large()
+        return found
 
     def tables(self, sites: Sequence[Site]) -> dict[str, Moments | None]:
         """The embeddings of ``sites``: they read no activations, unless one is the head, too.

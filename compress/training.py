@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from compress import distributed, sharded
 from compress.errors import RecipeError
+from compress.memory import keep_large
 from compress.sharded import like, whole
 from compress.store import SafetensorsWriter
 
@@ -134,6 +135,7 @@ class Trainer:
         Raises:
             RecipeError: a batch of fewer windows than processes and pieces.
         """
+        keep_large()
         schedule, progress = self.schedule, self.progress
         pieces = self.processes * schedule.accumulate
         if min(schedule.batch, len(train)) < pieces:

@@ -12,6 +12,7 @@ import yaml
 
 from compress import checkpoint
 from compress.errors import CheckpointError, CompressError, DataError, NotMeasurable
+from compress.memory import keep_large
 from eval import card, results
 from eval.metrics import DEFAULT, FAMILIES, get
 from eval.metrics.base import Context, Metric, Settings, Watch, load_model
@@ -81,6 +82,7 @@ def evaluate(
             NotMeasurable: a named metric does not apply.
         CheckpointError: a folder or its rows cannot be read or written.
     """
+    keep_large()
     asked = [f"{TASK}{name.removeprefix(TASK)}" for name in tasks]
     named = (*(DEFAULT if metrics is None else metrics), *asked)
     wanted = list(dict.fromkeys(x for name in named for x in FAMILIES.get(name, (name,))))

@@ -13,6 +13,7 @@ from compress.calibration import text
 from compress.checkpoint import load_tokenizer
 from compress.compressors.distillation.losses import forward_kl, log_probabilities
 from compress.layerwise import solve
+from compress.memory import keep_large
 from compress.objective import IGNORED, Examples, examples
 from compress.planning.shapes import Shape
 from compress.recipe import Recipe
@@ -59,6 +60,7 @@ def measure(
 
 def divergence(source: Source, blocks: Blocks, held: Examples) -> tuple[float, float]:
     """KL(original ‖ model) in nats a token, of a model in blocks, and its error."""
+    keep_large()
     small = assemble(source, blocks, torch.float32)
     whole = source.original
     original = assemble(whole, Original(whole), torch.float32)
