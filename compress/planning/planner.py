@@ -298,8 +298,9 @@ class Planner:
         return sum(float(c.costs[i]) for c, i in self._index(settings))
 
     def _costs_by_kind(self, plans: Sequence[Plan]) -> Tensor:
-        """float64 [plans, kinds]"""
-        found = torch.zeros(len(plans), 1 + max(self.kinds)).double()
+        """float64 [plans, kinds + 1], the KL of another shape last: it is there before all else."""
+        found = torch.full((len(plans), 2 + max(self.kinds)), self.shape.kl).double()
+        found[:, :-1] = 0
         for row, plan in zip(found, plans, strict=True):
             for kind, (choices, i) in zip(self.kinds, self._index(plan.settings), strict=True):
                 row[kind] += choices.costs[i]
