@@ -44,12 +44,12 @@ def test_what_one_plan_leaves_open() -> None:
 
 
 class Skewed(Planner):
-    """What attention reads costs twenty times what trials say, and nothing is applied."""
+    """What attention reads costs five times what trials say, and nothing is applied."""
 
     @property
     def worth(self) -> list[float]:
         return [
-            20.0 if self.sites[c.name].role in ("q_proj", "k_proj") else 1.0 for c in self.choices
+            5.0 if self.sites[c.name].role in ("q_proj", "k_proj") else 1.0 for c in self.choices
         ]
 
     def measure(self, made: Plan) -> tuple[float, float]:
@@ -58,7 +58,7 @@ class Skewed(Planner):
 
 
 def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) -> None:
-    """Half of what is to be gained, at least, and never a plan that is worse or too large."""
+    """A third of what is to be gained, with every matrix a kind by itself; draws alone find a fifth."""
     folder = save(tmp_path / "model", "LlamaForCausalLM", tiny.LLAMA)
     recipe = recipes.load_one({
         "model": folder,
@@ -74,7 +74,7 @@ def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) ->
     ]
     before, best = (planner.measure(plan)[0] for plan in (first, planner.fit(first.budget, told)))
     found = outcome(planner.refine(first, 12))
-    assert best < 0.8 * before
+    assert best < 0.92 * before
     assert found.measured == planner.measure(found)
     assert found.bytes <= first.budget
-    assert found.expected < (before + best) / 2
+    assert found.expected < 0.7 * before + 0.3 * best
