@@ -58,7 +58,7 @@ class Skewed(Planner):
 
 
 def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) -> None:
-    """A third of what is to be gained, with every matrix a kind by itself; draws alone find a fifth."""
+    """A third of what is to be gained; draws alone find a fifth. Every matrix is its own kind."""
     folder = save(tmp_path / "model", "LlamaForCausalLM", tiny.LLAMA)
     recipe = recipes.load_one({
         "model": folder,
