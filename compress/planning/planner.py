@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from compress.anatomy import Site
 from compress.calibration import calibrates, check_text, text
@@ -34,6 +35,7 @@ from compress.planning.menus import REFERENCE, Grids, Menu, fast, menus_of
 from compress.planning.options import Choices, Option, Settings
 from compress.planning.plan import Plan
 from compress.planning.shapes import Shape
+from compress.planning.worth import Worth, kinds
 from compress.problem import LayerProblem
 from compress.recipe import Recipe, Stage
 from compress.sensitivity import Sensitivity
@@ -43,7 +45,6 @@ from compress.writer import versions
 
 ANCHORS = 8  # measured plans that the law goes through
 USEFUL = 0.5  # nats a token: of a plan that costs more nobody asks what it costs exactly
-TEMPER = 0.25  # standard deviation of ln cost between one refinement's try and the next
 
 
 class Planner:
@@ -252,23 +253,26 @@ class Planner:
     def refine(self, made: Plan, tries: int) -> Generator[Event, None, Plan]:
         """The best of ``tries`` other plans of the same size, by measured KL.
 
-        Each is the best for costs that are drawn around the trials': sites whose costs were told
-        wrongly change places with others. The choice is made on the text that measures it, so
-        ``measured`` of the winner is a little too good.
+        What is measured tells what the costs of every kind of matrix are worth. In turn the best
+        plan by what is known is tried, and one by what is still possible (Thompson 1933). The
+        choice is made on the text that measures it, so ``measured`` is a little too good.
         """
-        best = self.measured(made) if tries else made
+        if not tries or not self.held:
+            return made
+        tried = [self.measured(made)]
         draw = torch.Generator().manual_seed(self.recipe.seed)
-        for number in range(tries if self.held else 0):
-            bent = [
-                replace(c, costs=c.costs * torch.randn((), generator=draw).mul(TEMPER).exp())
-                for c in self.choices
-            ]
-            other = self.measured(self.fit(made.budget, bent))
-            if other.measured and best.measured and other.measured[0] < best.measured[0]:
-                best = other
-            best_kl = best.measured[0] if best.measured else 0.0
-            yield Event("refine", number + 1, tries, {"loss": best_kl})
+        for number in range(tries):
+            known = Worth.of(self._costs_by_kind(tried), Tensor([p.expected for p in tried]))
+            worth = known.drawn(draw) if number % 2 == tries % 2 else known.mean.exp()
+            tried.append(self.measured(self.fit(made.budget, self._weighed(worth))))
+            best = min(tried, key=lambda plan: plan.expected)
+            yield Event("refine", number + 1, tries, {"loss": best.expected})
         return best
+
+    @cached_property
+    def kinds(self) -> list[int]:
+        """Which matrices are alike: the number of each one's kind, in the order of choices."""
+        return kinds([self.sites[c.name] for c in self.choices])
 
     @cached_property
     def held(self) -> Examples | None:
@@ -292,6 +296,22 @@ class Planner:
 
     def _cost(self, settings: Settings) -> float:
         return sum(float(c.costs[i]) for c, i in self._index(settings))
+
+    def _costs_by_kind(self, plans: Sequence[Plan]) -> Tensor:
+        """float64 [plans, kinds + 1], the KL of another shape last: it is there before all else."""
+        found = torch.full((len(plans), 2 + max(self.kinds)), self.shape.kl).double()
+        found[:, :-1] = 0
+        for row, plan in zip(found, plans, strict=True):
+            for kind, (choices, i) in zip(self.kinds, self._index(plan.settings), strict=True):
+                row[kind] += choices.costs[i]
+        return found
+
+    def _weighed(self, worth: Tensor) -> list[Choices]:
+        """The choices, their costs times what those of their kind are worth."""
+        return [
+            replace(c, costs=c.costs * worth[kind])
+            for c, kind in zip(self.choices, self.kinds, strict=True)
+        ]
 
     def _bytes(self, settings: Settings) -> int:
         return sum(int(c.sizes[i]) for c, i in self._index(settings))

@@ -2,6 +2,7 @@
 
     python -m eval.benchmarks.budgets runs/budgets --seeds 0 1 2 --peers
     python -m eval.benchmarks.budgets runs/budgets-opt --model runs/opt-code --seeds 0 1 2
+    python -m eval.benchmarks.budgets runs/budgets --families quantization,width --effort 6
 
 Of every family's settings whose whole file fits a size, the one of least KL on calibration text
 that recipes do not read is taken, so that only what is chosen meets the evaluation text. The
@@ -17,6 +18,7 @@ import bisect
 import itertools
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,46 +56,53 @@ def main() -> None:
     arguments.add_argument("--model", default="demo")
     arguments.add_argument("--data", default="demo")
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    arguments.add_argument("--shapes", default="", help="families of a second plan, e.g. width")
+    arguments.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="percent")
+    arguments.add_argument("--families", default="quantization", help="of the plan")
+    arguments.add_argument("--effort", type=int, default=0, help="plans measured for each of ours")
     arguments.add_argument("--peers", action="store_true", help="llama.cpp and auto-round, too")
     asked = arguments.parse_args()
     bench = Bench(asked.out, asked.model, asked.data, asked.seeds)
     for seed in bench.seeds:
-        plans(bench, seed, "plan", ["quantization"])
-    for percent in SIZES:
-        uniform(bench, percent)
-    for seed, percent in itertools.product(bench.seeds, SIZES):
+        plans(bench, asked.sizes, seed, asked.families, asked.effort)
+        for percent in asked.sizes:
+            uniform(bench, percent, seed)
+    for seed, percent in itertools.product(bench.seeds, asked.sizes):
         shared(bench, percent, seed)
     if asked.peers:
-        peers(bench)
-    if asked.shapes:
-        for seed in bench.seeds:
-            families = ["quantization", *asked.shapes.split(",")]
-            plans(bench, seed, f"plan with {asked.shapes}", families)
+        peers(bench, asked.sizes)
     print(table(bench, list(LINES)))
 
 
-def plans(bench: Bench, seed: int, name: str, families: list[str]) -> None:
-    """A plan for every size; of several shapes that of least KL on calibration text."""
-    missing = [percent for percent in SIZES if (percent, seed, name) not in bench.rows]
+def plans(bench: Bench, sizes: Sequence[int], seed: int, families: str, effort: int) -> None:
+    """A plan for every size; of several that of least KL on calibration text."""
+    name = f"plan, {families}" + (f", effort {effort}" if effort else "")
+    missing = [percent for percent in sizes if (percent, seed, name) not in bench.rows]
     if not missing:
         return
     recipe = bench.recipe(seed, {"use": "gptq", "targets": ["all"]})
-    planner = planner_of(recipe, bench.source, recipe.stages[0], families, cache_folder())
+    wanted = families.split(",")
+    planner = planner_of(recipe, bench.source, recipe.stages[0], wanted, cache_folder())
     outcome(planner.work())
     for percent in missing:
         if bench.size(percent) < planner.least:
             print(f"{percent}%: the least plan has {planner.least:,} bytes", flush=True)
             continue
-        made = outcome(planner.best(bench.size(percent)))
+        made = outcome(planner.refine(planner.fit(bench.size(percent)), effort))
         bench.add(percent, seed, name, made.shape, made.recipe)
 
 
-def uniform(bench: Bench, percent: int) -> None:
-    """Every family for the first seed, the best of them for all."""
-    first, *others = bench.seeds
+def uniform(bench: Bench, percent: int, seed: int) -> None:
+    """Every family for the first seed, the best of them for the others."""
+    first = bench.seeds[0]
+    if seed != first:
+        there = [bench.rows[key] for use in LINES if (key := (percent, first, use)) in bench.rows]
+        for row in sorted(there, key=lambda row: row.kl)[:1]:
+            if (percent, seed, row.name) not in bench.rows:
+                recipe = bench.recipe(seed, json.loads(row.setting))
+                bench.add(percent, seed, row.name, row.setting, recipe)
+        return
     for use in LINES:
-        if (percent, first, use) in bench.rows:
+        if (percent, seed, use) in bench.rows:
             continue
         if hopeless(bench, percent, use):
             print(f"{percent}% {use}: loses more at a larger size than others here", flush=True)
@@ -101,17 +110,11 @@ def uniform(bench: Bench, percent: int) -> None:
         try:
             stage = chosen(bench, percent, use)
             if stage:
-                bench.add(percent, first, use, json.dumps(stage), bench.recipe(first, stage))
+                bench.add(percent, seed, use, json.dumps(stage), bench.recipe(seed, stage))
             else:
                 print(f"{percent}% {use}: nothing is so small", flush=True)
         except CompressError as error:
             print(f"{percent}% {use}: {error}", flush=True)
-    there = [bench.rows[key] for use in LINES if (key := (percent, first, use)) in bench.rows]
-    for row in sorted(there, key=lambda row: row.kl)[:1]:
-        for seed in others:
-            if (percent, seed, row.name) not in bench.rows:
-                recipe = bench.recipe(seed, json.loads(row.setting))
-                bench.add(percent, seed, row.name, row.setting, recipe)
 
 
 def shared(bench: Bench, percent: int, seed: int) -> None:
@@ -171,9 +174,9 @@ def stage(bench: Bench, use: str, setting: dict[str, Any]) -> tuple[dict[str, An
     return {"use": use, "targets": targets} | said | ALIKE.get(use, {}), size
 
 
-def peers(bench: Bench) -> None:
+def peers(bench: Bench, sizes: Sequence[int]) -> None:
     """What other toolkits' automatic schemes come to, where they reach a size."""
-    for percent in SIZES:
+    for percent in sizes:
         for name, made in PEERS.items():
             if (percent, bench.seeds[0], name) in bench.rows:
                 continue

@@ -36,9 +36,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     tiny.save(folder / "original", "T5ForConditionalGeneration", config)
     stages = [{"use": "rtn", "bits": 4, "group": 16, "targets": ["all"]}]
     compressed, out = folder / "compressed", folder / "onnx"
-    compress.apply(
-        {"stages": stages}, model=str(folder / "original"), out=compressed, verify=False
-    )
+    compress.apply({"stages": stages}, model=str(folder / "original"), out=compressed, verify=False)
     export(compressed, "onnx", out, int8_activations=False)
     return compressed, out
 

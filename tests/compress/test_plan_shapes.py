@@ -154,6 +154,7 @@ def test_a_plan_in_another_shape_keeps_to_the_size(
     assert found.recipe.stages[0].use == found.shape.split()[0]
     assert len(found.recipe.stages) == 2
     assert found.cost > one.shape.kl
+    assert float(one._costs_by_kind([found]).sum()) == pytest.approx(found.cost)
     info = runs.apply(found.recipe, tmp_path / "out", verify=number == 1)
     assert 0.98 * budget < info["bytes"]["disk"] <= found.bytes <= budget
     assert recipes.load_one(found.recipe.dump()).dump() == found.recipe.dump()

@@ -104,9 +104,7 @@ def test_it_is_said_whether_inputs_are_still_rounded(
         apply(source("llama"), [stage], name=stage["use"])
         for stage in ({"use": "rtn", "bits": 8}, {"use": "fp8", "activations": True})
     )
-    said = {
-        to: export(rounding, to, tmp_path / to)["inputs"] for to in ("transformers", "dense")
-    }
+    said = {to: export(rounding, to, tmp_path / to)["inputs"] for to in ("transformers", "dense")}
     assert said["transformers"] == "rounded to 8 bits"
     assert re.match("not rounded .* as 14 matrices of the folder ask for", said["dense"])
     assert export(plain, "dense", tmp_path / "plain")["inputs"] == "as they are"

@@ -32,8 +32,15 @@ for name, sharded in (("ddp", "false"), ("fsdp", "true")):
 TEXT = {"samples": 24, "length": 16, "batch": 8}
 STAGES: list[dict[str, Any]] = [
     {"use": "magnitude", "pattern": "2:4", "targets": ["mlp"]},
-    {"use": "distill", "steps": 5, **TEXT, "hidden": 0.1, "on_policy": 0.3, "accumulate": 2,
-     "optimizer": "muon"},
+    {
+        "use": "distill",
+        "steps": 5,
+        **TEXT,
+        "hidden": 0.1,
+        "on_policy": 0.3,
+        "accumulate": 2,
+        "optimizer": "muon",
+    },
     {"use": "rtn", "bits": 3, "group": 32, "targets": ["q_proj"], "symmetric": False},
     {"use": "tune_scales", "steps": 4, **TEXT, "targets": ["q_proj"], "cache": 512},
     {"use": "lora", "rank": 2, "steps": 2, **TEXT, "targets": ["q_proj"]},

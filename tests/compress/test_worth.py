@@ -1,0 +1,80 @@
+"""What measured plans say of the costs that they were made by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import save
+
+from compress import recipe as recipes
+from compress.events import outcome
+from compress.planning.plan import Plan
+from compress.planning.planner import Planner
+from compress.planning.worth import DOUBT, Worth, kinds
+from compress.source import Source
+
+
+def test_sites_are_alike_by_role_and_half() -> None:
+    sites = [s for s in Source("demo").anatomy.sites if s.role in ("embed", "q_proj", "up_proj")]
+    assert [s.block for s in sites] == [None, 0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert kinds(sites) == [0, *[1, 2] * 3, *[3, 4] * 3]
+
+
+def test_worths_are_found_from_sums() -> None:
+    """As ratios: all of them together are the regression's level."""
+    draw = torch.Generator().manual_seed(0)
+    worth = torch.tensor([0.5, 1.0, 2.0, 1.0]).double()
+    costs = torch.rand(30, 4, generator=draw).double() + 0.1
+    for exponent in (0.8, 1.0):
+        found = Worth.of(costs, 3 * (costs @ worth) ** exponent).mean.exp()
+        assert (found / found[1] / (worth / worth[1])).log().abs().max() < 0.1
+
+
+def test_what_one_plan_leaves_open() -> None:
+    """No kind is known better than before, and draws say so."""
+    known = Worth.of(torch.ones(1, 5).double(), torch.ones(1).double())
+    assert known.mean.abs().max() < 1e-6
+    draw = torch.Generator().manual_seed(1)
+    drawn = torch.stack([known.drawn(draw).log() for _ in range(400)])
+    assert drawn.std(0) == pytest.approx(torch.full((5,), DOUBT), rel=0.15)
+
+
+class Skewed(Planner):
+    """What attention reads costs five times what trials say, and nothing is applied."""
+
+    @property
+    def worth(self) -> list[float]:
+        return [
+            5.0 if self.sites[c.name].role in ("q_proj", "k_proj") else 1.0 for c in self.choices
+        ]
+
+    def measure(self, made: Plan) -> tuple[float, float]:
+        costs = [float(c.costs[i]) for c, i in self._index(made.settings)]
+        return sum(w * cost for w, cost in zip(self.worth, costs, strict=True)), 0.0
+
+
+def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) -> None:
+    """A third of what is to be gained; draws alone find a fifth. Every matrix is its own kind."""
+    folder = save(tmp_path / "model", "LlamaForCausalLM", tiny.LLAMA)
+    recipe = recipes.load_one({
+        "model": folder,
+        "calibration": {"data": text, "samples": 8, "length": 64},
+        "stages": [{"use": "ecgptq", "targets": ["blocks"]}],
+    })  # fmt: skip
+    planner = Skewed(recipe, Source(folder), recipe.stages[0])
+    outcome(planner.look())
+    planner.__dict__["held"] = True
+    first = planner.fit((planner.least + planner.most) // 2)
+    told = [
+        replace(c, costs=c.costs * w) for c, w in zip(planner.choices, planner.worth, strict=True)
+    ]
+    before, best = (planner.measure(plan)[0] for plan in (first, planner.fit(first.budget, told)))
+    found = outcome(planner.refine(first, 12))
+    assert best < 0.92 * before
+    assert found.measured == planner.measure(found)
+    assert found.bytes <= first.budget
+    assert found.expected < 0.7 * before + 0.3 * best
