@@ -28,8 +28,12 @@ PIECE = 1 << 17  # numbers that are widened at a time
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in fast kernels, as torch itself asks."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether this processor multiplies bfloat16 in fast kernels, as torch itself asks.
+
+    Also where torch was built without oneDNN and cannot tell: products then stay as they are.
+    """
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())
 
 
 def fast_products() -> AbstractContextManager[Any]:

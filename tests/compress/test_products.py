@@ -80,3 +80,12 @@ def test_other_types_are_left_alone() -> None:
 def test_where_there_are_kernels_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "has_bfloat16", lambda: True)
     assert not isinstance(fast_products(), torch.overrides.TorchFunctionMode)
+
+
+def test_a_torch_that_cannot_tell_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    products.has_bfloat16.cache_clear()
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    assert products.has_bfloat16()
+    monkeypatch.undo()
+    products.has_bfloat16.cache_clear()
