@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from compress import distributed, sharded
 from compress.errors import RecipeError
 from compress.memory import keep_large
-from compress.products import fast_products
+from compress.muon import Muon
 from compress.sharded import like, whole
 from compress.store import SafetensorsWriter
 
@@ -206,10 +206,9 @@ class Trainer:
                 self.accelerator.backward(loss * (self.processes / count))
             total += loss.item()
         nn.utils.clip_grad_norm_(self.trained, self.schedule.clip)
-        with fast_products():  # Muon's are of bfloat16 everywhere
-            for optimizer in self.optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         return distributed.total(total).item() / count
 
     def _together(self, last: bool) -> AbstractContextManager[Any]:
@@ -325,13 +324,10 @@ def _optimizers(
     later: Callable[[str], bool],
     matrix: Callable[[str], bool],
 ) -> list[torch.optim.Optimizer]:
-    """AdamW, and Muon for matrices, with steps of the size of AdamW's (arXiv 2502.16982)."""
+    """AdamW, and Muon for matrices."""
     made: list[torch.optim.Optimizer] = []
-    kinds: list[tuple[Any, bool, dict[str, Any]]] = [
-        (torch.optim.AdamW, False, {}),
-        (torch.optim.Muon, True, {"adjust_lr_fn": "match_rms_adamw"}),
-    ]
-    for kind, moves, options in kinds:
+    kinds: list[tuple[Any, bool]] = [(torch.optim.AdamW, False), (Muon, True)]
+    for kind, moves in kinds:
         mine = [(name, p) for name, p in named if matrix(name) is moves]
         groups = [
             {"params": [p for name, p in mine if later(name) is second], "later": second}
@@ -339,7 +335,7 @@ def _optimizers(
         ]
         groups = [group for group in groups if group["params"]]
         if groups:
-            made.append(kind(groups, lr=0.0, weight_decay=weight_decay, **options))
+            made.append(kind(groups, lr=0.0, weight_decay=weight_decay))
     return made
 
 

@@ -21,7 +21,7 @@ MODULES = sorted([*LIBRARY, *(ROOT / "eval").rglob("*.py")])
 # Each may import those before it, and its own layer; cli may import eval as well.
 LAYERS = (
     "errors", "sizes", "memory", "products", "offload", "distributed", "events", "weights",
-    "anatomy", "moments", "problem", "store", "data", "objective", "sharded", "training",
+    "anatomy", "moments", "problem", "store", "data", "objective", "sharded", "muon", "training",
     "compressors", "registry", "recipe", "order", "source", "shape", "blockwise", "assemble",
     "formats", "gguf_file", "stored", "checkpoint", "calibration", "sensitivity", "solvers",
     "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring", "heads",
