@@ -25,7 +25,7 @@ from compress.compressors.pruning.magnitude import Magnitude
 from compress.compressors.quantization.rtn import RTN
 from compress.data import Windows, windows
 from compress.errors import RecipeError
-from compress.muon import Muon, evened
+from compress.muon import A, B, C, Muon, evened
 from compress.problem import LayerProblem
 from compress.training import STATE, Objective, Schedule, Trainer, _batch
 from compress.weights import Dense, Weight
@@ -333,6 +333,16 @@ def test_muon_is_torch_s_in_more_digits(shape: tuple[int, int]) -> None:
     values = torch.linalg.svdvals(evened(ours.detach()))
     assert values.min() > 0.65
     assert values.max() < 1.25
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_changes_singular_values_by_its_polynomial(shape: tuple[int, int]) -> None:
+    matrix = normal(*shape, scale=1.0)
+    values = torch.linalg.svdvals(matrix.double()) / matrix.double().norm()
+    for _ in range(5):
+        values = A * values + B * values**3 + C * values**5
+    found = torch.linalg.svdvals(evened(matrix)).double()
+    torch.testing.assert_close(found.sort().values, values.sort().values, rtol=1e-4, atol=1e-5)
 
 
 def test_lora_trains_adapters_alone_and_merges_into_dense(
