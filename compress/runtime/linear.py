@@ -180,7 +180,7 @@ def _coded(weight: Coded) -> Matrix:
     spec, tensors = weight.spec, weight.tensors
     codes = read_stream(spec, tensors)
     row, column = (torch.exp2((tensors[name].float() - 128) / 8) for name in ("row", "column"))
-    low, high = spec["low"], spec["low"] + spec["levels"] - 1
+    low, high = int(codes.min()), int(codes.max())
     scale = row * spec["step"]
     if high - low > 15:
         if low < -128 or high > 127:

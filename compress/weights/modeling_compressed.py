@@ -169,13 +169,19 @@ def _huffman(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def read_stream(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
-    """int32 [out, in] of stream uint8, deflated symbols of ``digits`` codes in base ``levels``."""
+    """int32 [out, in] of stream uint8: deflated symbols of ``digits`` codes in base ``levels``,
+    then the ``rare`` codes, int8, that the last level stands for."""
     rows, columns = spec["shape"]
-    raw = zlib.decompress(tensors["stream"].cpu().numpy().tobytes(), wbits=-15)
-    symbols = torch.frombuffer(bytearray(raw), dtype=torch.uint8).int()
+    stream = tensors["stream"].cpu().numpy().tobytes()
+    end = len(stream) - spec.get("rare", 0)
+    symbols = torch.frombuffer(bytearray(zlib.decompress(stream[:end], -15)), dtype=torch.uint8)
     powers = spec["levels"] ** torch.arange(spec["digits"], dtype=torch.int32)
-    codes = (symbols[:, None] // powers) % spec["levels"] + spec["low"]
-    return codes.view(-1)[: rows * columns].view(rows, columns)
+    digits = (symbols.int()[:, None] // powers) % spec["levels"]
+    codes = digits.view(-1)[: rows * columns] + spec["low"]
+    if end < len(stream):
+        rare = torch.frombuffer(bytearray(stream[end:]), dtype=torch.int8).int()
+        codes[codes == spec["low"] + spec["levels"] - 1] = rare
+    return codes.view(rows, columns)
 
 
 def steps(spec: Spec, row: Tensor, column: Tensor) -> Tensor:
