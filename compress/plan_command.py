@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compress.arguments import Data, Json, Model, Quiet, Seed, Sets, names, overrides
+from compress.arguments import Data, Json, Memory, Model, Quiet, Seed, Sets, names, overrides
 from compress.display import follow, frontier_table, plan_table, screen
 from compress.errors import RecipeError
 from compress.sizes import parse_share
@@ -51,6 +51,7 @@ def plan(
     ] = 0,
     seed: Seed = None,
     sets: Sets = None,
+    memory: Memory = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:

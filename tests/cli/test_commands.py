@@ -336,6 +336,7 @@ def test_little_memory_changes_no_byte(
     wrong = compress("apply", recipe, "--out", tmp_path / "wrong", "--memory", "much")
     assert wrong.code == 2
     assert "size much" in wrong.line
+    assert compress("plan", "--size", "30%", "--out", recipe, "--memory", "much").code == 2
 
 
 def test_help_waits_for_no_model_library() -> None:
