@@ -46,6 +46,13 @@ GROUPS = {
 }
 _KINDS: dict[type, str] = {nn.Linear: "linear", Conv1D: "conv1d", nn.Embedding: "embedding"}
 
+# Modules of one parent that inference engines such as vLLM hold as one matrix: one setting for all.
+JOINED: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("gate_proj", "up_proj"),
+)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -180,6 +187,16 @@ def select(
     if not chosen:
         raise RecipeError("targets, skip and blocks together leave no weight to compress")
     return chosen
+
+
+def joined(sites: Iterable[Site]) -> list[list[Site]]:
+    """The sites that engines hold as one, together; all others by themselves. In their order."""
+    found: dict[tuple[str, ...], list[Site]] = {}
+    for site in sites:
+        parent, _, last = site.name.rpartition(".")
+        key = next(((parent, *names) for names in JOINED if last in names), (site.name,))
+        found.setdefault(key, []).append(site)
+    return list(found.values())
 
 
 def _check_expression(pattern: str) -> None:

@@ -12,20 +12,14 @@ other integers vLLM has Humming's kernels, on NVIDIA's GPUs only.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
+from compress.anatomy import joined
 from compress.formats import Scheme
 from compress.stored import Stored
 
 VERSION = "0.33.0"
 MARLIN_GROUPS = (32, 64, 128)
-# Matrices that are one there, and so need one setting.
-FUSED: tuple[tuple[str, ...], ...] = (
-    ("q_proj", "k_proj", "v_proj"),
-    ("query", "key", "value"),
-    ("gate_proj", "up_proj"),
-)
 HOLDS = {  # kind of weight → in which folders it is read
     "dense": "yes",
     "sparse": "yes, zeros stored: its support for 2:4 is gone",
@@ -107,16 +101,12 @@ def _compressed_tensors(stored: Stored) -> str | None:
 
 def _fused(stored: Stored, packed: dict[str, dict[str, Any]]) -> str | None:
     """Why matrices that are one there are not of one kind."""
-    beside: dict[tuple[str, tuple[str, ...]], dict[str, Scheme | None]] = defaultdict(dict)
-    for site in stored.anatomy.sites:
-        parent, _, last = site.name.rpartition(".")
-        for names in FUSED:
-            if last in names:
-                spec = packed.get(site.name)
-                beside[parent, names][last] = Scheme.of(spec) if spec else None
-    for (parent, names), schemes in beside.items():
-        if len(set(schemes.values())) > 1:
-            return f"{', '.join(names)} are one matrix there and need one setting ({parent})"
+    for sites in joined(stored.anatomy.sites):
+        specs = [packed.get(site.name) for site in sites]
+        if len({Scheme.of(spec) if spec else None for spec in specs}) > 1:
+            names = ", ".join(site.name.rpartition(".")[2] for site in sites)
+            parent = sites[0].name.rpartition(".")[0]
+            return f"{names} are one matrix there and need one setting ({parent})"
     return None
 
 

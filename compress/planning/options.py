@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from compress.anatomy import Site
+from compress.compressors.budget import allocate, by_table
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,52 @@ Settings: TypeAlias = Mapping[str, Option]
 class Choices:
     """The options of one matrix of which none is both larger and worse than another.
 
+    Of several that get the same one (``anatomy.joined``): bytes and costs are theirs together.
+
     sizes   int64 [options], bytes, ascending
     costs   float64 [options], nats a token, descending
     """
 
-    name: str
+    names: tuple[str, ...]
     options: list[Option]
     sizes: Tensor
     costs: Tensor
 
     @classmethod
-    def of(cls, site: Site, rows: list[tuple[int, float, Option]]) -> Choices:
+    def of(cls, sites: list[Site], rows: Iterable[tuple[int, float, Option]]) -> Choices:
         """Of options with their bytes and costs, and of leaving the matrix alone."""
-        rows = [row for row in rows if row[0] < site.nbytes] + [(site.nbytes, 0.0, Option())]
+        whole = sum(site.nbytes for site in sites)
+        rows = [row for row in rows if row[0] < whole] + [(whole, 0.0, Option())]
         kept: list[tuple[int, float, Option]] = []
         for row in sorted(rows, key=lambda row: row[:2]):
             if not kept or row[1] < kept[-1][1]:
                 kept.append(row)
         sizes, prices, options = zip(*kept, strict=True)
-        return cls(site.name, list(options), torch.tensor(sizes), torch.tensor(prices).double())
+        names = tuple(site.name for site in sites)
+        return cls(names, list(options), torch.tensor(sizes), torch.tensor(prices).double())
 
     @property
-    def largest(self) -> Option:
-        """The one of most bytes that is not the matrix as it is; that, if there is no other."""
-        return self.options[max(len(self.options) - 2, 0)]
+    def largest(self) -> int:
+        """The place of the one of most bytes that is not the matrix as it is, if there is one."""
+        return max(len(self.options) - 2, 0)
+
+
+def settings_of(chosen: Iterable[tuple[Choices, int]]) -> dict[str, Option]:
+    """The option of every matrix, by the places in the choices."""
+    return {name: c.options[i] for c, i in chosen for name in c.names}
+
+
+def cheapest(choices: Sequence[Choices], budget: int) -> list[int]:
+    """The places of least cost within ``budget`` bytes.
+
+    The better of what prices and a table find; either can miss by its rounding.
+    """
+    options = [(c.sizes, c.costs) for c in choices]
+    found = [allocate(options, budget)]
+    if table := by_table(options, budget):
+        found.append(table)
+
+    def total(chosen: list[int]) -> float:
+        return sum(float(c.costs[i]) for c, i in zip(choices, chosen, strict=True))
+
+    return min(found, key=total)

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compress.anatomy import Site
+from compress.anatomy import Site, joined
 from compress.calibration import calibrates, check_text, text
 from compress.compressors.base import CalibratedCompressor
-from compress.compressors.budget import allocate, by_table, least_cost
+from compress.compressors.budget import least_cost
 from compress.compressors.quantization.gptq import GPTQ
 from compress.errors import DataError, ModelError, RecipeError
 from compress.events import Event
@@ -32,7 +32,7 @@ from compress.planning.files import Files
 from compress.planning.law import Law
 from compress.planning.measure import held_out, measure
 from compress.planning.menus import REFERENCE, Grids, Menu, fast, menus_of
-from compress.planning.options import Choices, Option, Settings
+from compress.planning.options import Choices, Option, Settings, cheapest, settings_of
 from compress.planning.plan import Plan
 from compress.planning.shapes import Shape
 from compress.planning.worth import Worth, kinds
@@ -51,9 +51,10 @@ class Planner:
     """Plans for one ``stage`` of a recipe, whose method goes by a size.
 
     ``methods`` are those that sites may get, that of the stage alone unless given. ``plain`` keeps
-    to what compressed-tensors holds: grids, no packed tables, groups that divide widths. ``speed``
-    keeps to what the packed runtime computes faster than the matrix as it is. ``shape`` is the
-    model that the stage finds, if that is not the original.
+    to what compressed-tensors holds: grids, no packed tables, groups that divide widths, and one
+    setting for matrices that engines join. ``speed`` keeps to what the packed runtime computes
+    faster than the matrix as it is. ``shape`` is the model that the stage finds, if that is not the
+    original.
 
     Raises:
         ModelError: the model predicts no tokens. DataError: there is no text. RecipeError: a
@@ -90,7 +91,7 @@ class Planner:
             recipe = recipe.model_copy(update={"storage": "compact"})
         self.recipe = recipe.model_copy(update={"stages": [*self.shape.stages, stage]})
         check_text(self.recipe, source)
-        self.source, self.stage, self.speed = source, stage, speed
+        self.source, self.stage, self.plain, self.speed = source, stage, plain, speed
         for menu in self.menus.values():
             if isinstance(menu, Grids):
                 menu.dividing = plain
@@ -113,12 +114,12 @@ class Planner:
     @property
     def least(self) -> int:
         """Bytes of the smallest file that can be planned."""
-        return self.files.size({c.name: c.options[0] for c in self.choices})
+        return self.files.size(settings_of((c, 0) for c in self.choices))
 
     @property
     def most(self) -> int:
         """Bytes with every matrix in the largest of its options that is not itself."""
-        return self.files.size({c.name: c.largest for c in self.choices})
+        return self.files.size(settings_of((c, c.largest) for c in self.choices))
 
     def useful(self) -> int:
         """Bytes of about the smallest plan that costs no more than ``USEFUL``, or of the least."""
@@ -170,11 +171,9 @@ class Planner:
                 self.cache.keep()
                 done += 1
                 yield Event("options", done, len(self.sites))
-        self.choices = [  # without those to which no token came
-            Choices.of(site, [*self._options(site)])
-            for name, site in self.sites.items()
-            if name in self.cache.costs
-        ]
+        seen = [s for s in self.sites.values() if s.name in self.cache.costs]  # by some token
+        groups = joined(seen) if self.plain else [[site] for site in seen]
+        self.choices = [Choices.of(sites, self._options(sites)) for sites in groups]
 
     def calibrate(self) -> Iterator[Event]:
         """Apply and measure a few plans over the whole range of sizes."""
@@ -265,14 +264,14 @@ class Planner:
             known = Worth.of(self._costs_by_kind(tried), Tensor([p.expected for p in tried]))
             worth = known.drawn(draw) if number % 2 == tries % 2 else known.mean.exp()
             tried.append(self.measured(self.fit(made.budget, self._weighed(worth))))
-            best = min(tried, key=lambda plan: plan.expected)
-            yield Event("refine", number + 1, tries, {"loss": best.expected})
-        return best
+            least = min(tried, key=lambda plan: plan.expected)
+            yield Event("refine", number + 1, tries, {"loss": least.expected})
+        return least
 
     @cached_property
     def kinds(self) -> list[int]:
         """Which matrices are alike: the number of each one's kind, in the order of choices."""
-        return kinds([self.sites[c.name] for c in self.choices])
+        return kinds([self.sites[c.names[0]] for c in self.choices])
 
     @cached_property
     def held(self) -> Examples | None:
@@ -281,18 +280,18 @@ class Planner:
 
     def _fitting(self, choices: list[Choices], budget: int) -> tuple[dict[str, Option], int]:
         """The best choice whose file, names and all, is not above ``budget``, and its bytes."""
-        dense = sum(self.sites[c.name].nbytes for c in choices)
+        dense = sum(self.sites[name].nbytes for c in choices for name in c.names)
         left = budget - self.files.size({}) + dense
         while True:
-            chosen = _best(choices, left)
-            settings = {c.name: c.options[i] for c, i in zip(choices, chosen, strict=True)}
+            chosen = cheapest(choices, left)
+            settings = settings_of(zip(choices, chosen, strict=True))
             bytes = self.files.size(settings)
             if bytes <= budget:
                 return settings, bytes
             left -= bytes - budget
 
     def _index(self, settings: Settings) -> list[tuple[Choices, int]]:
-        return [(c, c.options.index(settings[c.name])) for c in self.choices]
+        return [(c, c.options.index(settings[c.names[0]])) for c in self.choices]
 
     def _cost(self, settings: Settings) -> float:
         return sum(float(c.costs[i]) for c, i in self._index(settings))
@@ -369,8 +368,15 @@ class Planner:
             if any(f"{menu.key} {option.label}" not in known for option in menu.knots(site))
         ]
 
-    def _options(self, site: Site) -> Iterator[tuple[int, float, Option]]:
-        """Bytes, cost and option, of all options of a matrix."""
+    def _options(self, sites: Sequence[Site]) -> Iterator[tuple[int, float, Option]]:
+        """Bytes, cost and option, of all options that every one of these has."""
+        first, *others = ({o: (b, p) for b, p, o in self._options_of(s)} for s in sites)
+        for option, found in first.items():
+            if all(option in other for other in others):
+                bytes, prices = zip(found, *(other[option] for other in others), strict=True)
+                yield sum(bytes), sum(prices), option
+
+    def _options_of(self, site: Site) -> Iterator[tuple[int, float, Option]]:
         for menu in self.menus.values():
             start = f"{menu.key} "
             costs = {
@@ -381,16 +387,3 @@ class Planner:
             for option, price in menu.options(site, costs):
                 if fast(option) or not self.speed:
                     yield self.files.bytes(site, option), price, option
-
-
-def _best(choices: list[Choices], budget: int) -> list[int]:
-    """The better of what prices and a table find; either can miss by its rounding."""
-    options = [(c.sizes, c.costs) for c in choices]
-    found = [allocate(options, budget)]
-    if table := by_table(options, budget):
-        found.append(table)
-
-    def total(chosen: list[int]) -> float:
-        return sum(float(c.costs[i]) for c, i in zip(choices, chosen, strict=True))
-
-    return min(found, key=total)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from compress import recipe as recipes
 from compress import run as runs
+from compress.anatomy import joined
 from compress.compressors.budget import allocate, by_table, least_cost
 from compress.compressors.quantization.bits import cost
 from compress.compressors.quantization.rtn import RTN
@@ -25,6 +26,7 @@ from compress.planning.goals import bytes_of, keep
 from compress.planning.law import Law
 from compress.planning.measure import held_out, measure
 from compress.planning.menus import between, fast, menus_of, methods_of
+from compress.planning.options import settings_of
 from compress.planning.plan import Plan
 from compress.planning.planner import Planner
 from compress.planning.shapes import Shape
@@ -170,7 +172,7 @@ def test_no_choice_on_a_tiny_model_is_better(text: str, tmp_path: Path) -> None:
     assert chosen
     measured = []
     for combination in itertools.product(range(3), repeat=len(spans)):
-        settings = {c.name: c.options[i] for c, i in zip(planner.choices, combination, strict=True)}
+        settings = settings_of(zip(planner.choices, combination, strict=True))
         if planner.files.size(settings) <= budget:
             recipe = planner._recipe(settings)
             measured.append(planner.measure(Plan(recipe, settings, 0, 0, 0.0, 0.0, ""))[0])
@@ -200,9 +202,15 @@ def test_the_next_plan_looks_at_nothing_again(
 
 def test_what_the_format_can_hold(planner: Planner, text: str, cache: Path) -> None:
     size = int(0.6 * planner.source.nbytes)
-    made = planner_of(text, cache, plain=True).fit(size)
+    plain = planner_of(text, cache, plain=True)
+    made = plain.fit(size)
     assert made.format == "compressed-tensors"
     assert "model.embed_tokens" not in made.settings
+    groups = joined(plain.sites.values())
+    assert [len(group) for group in groups] == [3, 1, 2, 1] * 6
+    assert all(len({made.settings[site.name] for site in group}) == 1 for group in groups)
+    assert len(set(made.settings.values())) > 1
+    assert set(made.settings) == set(plain.sites)
     assert planner.fit(size // 2).format == "modelling file"
 
 

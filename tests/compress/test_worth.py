@@ -49,7 +49,8 @@ class Skewed(Planner):
     @property
     def worth(self) -> list[float]:
         return [
-            5.0 if self.sites[c.name].role in ("q_proj", "k_proj") else 1.0 for c in self.choices
+            5.0 if self.sites[c.names[0]].role in ("q_proj", "k_proj") else 1.0
+            for c in self.choices
         ]
 
     def measure(self, made: Plan) -> tuple[float, float]:
