@@ -1,9 +1,9 @@
 """How fast a checkpoint runs, beside its original in the same process.
 
-The two take turns (A B A B …), so that a machine that slows down or warms up does it to both, and
-medians and quartiles are reported. Several sizes of batch and prompt are timed, as a format that is
-fast for one token may be slow for many. One thread by default: two busy threads on two shared cores
-can collapse.
+The two take turns (A B A B …), so that a machine that slows down or warms up does it to both; the
+ratio is the median over turns, and of both medians and quartiles are reported. Several sizes of
+batch and prompt are timed, as a format that is fast for one token may be slow for many. One thread
+by default: two busy threads on two shared cores can collapse.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class _Speed(Metric):
         if "original" in speeds:
             original = _spread(speeds["original"])
             found["original"] = original["median"]
-            found["ratio"] = found["median"] / original["median"]
+            pairs = zip(seconds["original"], seconds["checkpoint"], strict=True)
+            found["ratio"] = statistics.median(other / own for other, own in pairs)
             found |= {f"original_{end}": original[end] for end in ("low", "high")}
         return found
 
