@@ -22,7 +22,7 @@ class Coded(Weight):
     stream  uint8 [bytes], a raw deflate stream (RFC 1951) of Huffman codes alone, without matches;
             each of its symbols holds ``digits`` codes in base ``levels``, in row order. If there
             are ``rare`` codes beyond those levels, the last level stands for them in turn, and
-            they follow the deflate stream as int8
+            they follow the deflate stream as int16
     row     uint8 [out]; steps may be coarse, since codes are chosen for the steps as they are
     column  uint8 [in]
     """
@@ -33,7 +33,7 @@ class Coded(Weight):
     def of(
         cls, codes: Tensor, row: Tensor, column: Tensor, step: float, dtype: torch.dtype
     ) -> Coded:
-        """``codes`` [out, in], integers from −128 to 127."""
+        """``codes`` [out, in], integers of 16 bits."""
         stream, numbers = encoded(codes)
         tensors = {"stream": stream, "row": row, "column": column}
         return cls(spec_of("coded", codes, dtype, **numbers, step=step), tensors)
@@ -81,11 +81,11 @@ def encoded(codes: Tensor) -> tuple[Tensor, dict[str, int]]:
         kept = counts.unfold(0, most - 1, 1).sum(1)  # codes in every window of so many levels
         first = int(kept.argmax())
         rare = len(flat) - int(kept[first])
-        if rare <= OFTEN * len(flat):
+        if rare <= OFTEN * len(flat) or digits == 1:
             moved = flat - first
             apart = (moved < 0) | (moved >= most - 1)
             stream = _deflated(moved.where(~apart, most - 1), most, digits)
-            stream += (flat[apart] + low).to(torch.int8).numpy().tobytes()
+            stream += (flat[apart] + low).short().numpy().tobytes()
             streams.append((stream, low + first, most, digits, rare))
     stream, *numbers = min(streams, key=lambda found: len(found[0]))
     spec = dict(zip(STREAM, numbers, strict=True))

@@ -170,16 +170,16 @@ def _huffman(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
 
 def read_stream(spec: Spec, tensors: dict[str, Tensor]) -> Tensor:
     """int32 [out, in] of stream uint8: deflated symbols of ``digits`` codes in base ``levels``,
-    then the ``rare`` codes, int8, that the last level stands for."""
+    then the ``rare`` codes, int16, that the last level stands for."""
     rows, columns = spec["shape"]
     stream = tensors["stream"].cpu().numpy().tobytes()
-    end = len(stream) - spec.get("rare", 0)
+    end = len(stream) - 2 * spec.get("rare", 0)
     symbols = torch.frombuffer(bytearray(zlib.decompress(stream[:end], -15)), dtype=torch.uint8)
     powers = spec["levels"] ** torch.arange(spec["digits"], dtype=torch.int32)
     digits = (symbols.int()[:, None] // powers) % spec["levels"]
     codes = digits.view(-1)[: rows * columns] + spec["low"]
     if end < len(stream):
-        rare = torch.frombuffer(bytearray(stream[end:]), dtype=torch.int8).int()
+        rare = torch.frombuffer(bytearray(stream[end:]), dtype=torch.int16).int()
         codes[codes == spec["low"] + spec["levels"] - 1] = rare
     return codes.view(rows, columns)
 

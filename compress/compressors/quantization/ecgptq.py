@@ -10,7 +10,7 @@ from pydantic import Field, PrivateAttr
 from torch import Tensor
 
 from compress.compressors.base import PROPAGATE, CalibratedCompressor
-from compress.compressors.quantization.bits import cost
+from compress.compressors.quantization.bits import cost, counted
 from compress.compressors.quantization.ecrtn import ECRTN, EntropyCoded
 from compress.compressors.quantization.gptq import round_with_feedback
 from compress.compressors.quantization.rates import Rate, share_out
@@ -20,7 +20,6 @@ from compress.problem import LayerProblem
 from compress.weights import Coded, Weight
 
 RATES = (0.25, 0.75, 1.25, 2.0, 3.0, 4.5, 6.0)  # bits of a trial, about: from below 1.1 to above 6
-FLOOR = 0.05  # of the mean: the least that a row counts, seen in the text or not
 
 
 class ECGPTQ(EntropyCoded, CalibratedCompressor):
@@ -113,7 +112,7 @@ def importance(problem: LayerProblem) -> Tensor:
             F = F + table.logits * problem.H_diag.mean()
     else:
         F = torch.full((problem.weight.shape[0],), max(problem.energy, 1e-30) ** -0.5)
-    return F + FLOOR * F.mean().clamp(min=1e-30)
+    return counted(F)
 
 
 def metric(problem: LayerProblem) -> Moments:

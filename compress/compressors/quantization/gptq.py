@@ -71,10 +71,10 @@ class GPTQ(PackedIntegers, CalibratedCompressor):
 def round_with_feedback(
     T: Tensor, grid: Grid | Steps, moments: Moments, keep: Tensor | None = None
 ) -> Tensor:
-    """Codes uint8 [out, in] of GPTQ: each rounding error is spread over the inputs to come.
+    """Codes [out, in] of GPTQ: each rounding error is spread over the inputs to come.
 
-    Where ``keep`` (bool [out, in]) is false the code is the zero-point. One input is a few short
-    vectors, for which numpy takes less time than torch.
+    They are uint8, or int32 if the grid has more. Where ``keep`` (bool [out, in]) is false the code
+    is the zero-point. One input is a few short vectors, for which numpy takes less time than torch.
     """
     order, U = moments.inverse_factor()
     W, s, z = (_inputs(x.T[order]) for x in (T, *grid.spread(T.shape[1])))
@@ -91,7 +91,8 @@ def round_with_feedback(
             codes[j] = code
             errors[i] = (w - (code - z[j]) * s[j]) / pulls[j, j]
         W[end:] -= _product(pulls[end:, start:end], errors[: end - start])
-    return torch.from_numpy(codes)[order.argsort()].T.to(torch.uint8)
+    kind = torch.uint8 if grid.top < 256 else torch.int32
+    return torch.from_numpy(codes)[order.argsort()].T.to(kind)
 
 
 @QUIET

@@ -16,7 +16,7 @@ from torch import Tensor
 from compress.weights import Coded
 from compress.weights.modeling_compressed import steps
 
-ZERO, TOP = 128, 255  # codes are bytes
+ZERO, TOP = 2048, 4095  # far enough that nothing is cut off, near enough for exact float32 sums
 TRIES = 12  # at the step that gives a number of bytes
 
 
@@ -53,8 +53,8 @@ class Steps:
         return sizes, torch.full_like(sizes, ZERO)
 
     def codes(self, W: Tensor) -> Tensor:
-        """The nearest codes of W [out, in], uint8."""
-        return (W / self.sizes()).round_().add_(ZERO).clamp_(0, TOP).to(torch.uint8)
+        """The nearest codes of W [out, in], int32."""
+        return (W / self.sizes()).round_().add_(ZERO).clamp_(0, TOP).int()
 
     def coded(self, codes: Tensor, dtype: torch.dtype) -> Coded:
         return Coded.of(codes.int() - ZERO, self.row, self.column, self.step, dtype)
