@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -31,8 +32,8 @@ def moments(width: int, seed: int = 1) -> Moments:
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 40),
-    levels=st.sampled_from([1, 2, 3, 4, 7, 16, 17, 60, 256]),
-    far=st.lists(st.integers(-128, 127), max_size=3),
+    levels=st.sampled_from([1, 2, 3, 4, 7, 16, 17, 60, 256, 900]),
+    far=st.lists(st.integers(-2048, 2047), max_size=3),
     seed=st.integers(0, 9),
 )
 def test_codes_come_back(rows: int, columns: int, levels: int, far: list[int], seed: int) -> None:
@@ -111,6 +112,17 @@ def test_rows_that_matter_more_have_finer_steps_and_cost_less_in_all() -> None:
     aware, blind = ECGPTQ(bits=3).compress(problem), ECGPTQ(bits=3).compress(even)
     assert aware.tensors["row"][0] > aware.tensors["row"][-1]
     assert cost(problem, aware) < 0.7 * cost(problem, blind)
+
+
+def test_frequent_rows_of_a_table_are_not_cut_off() -> None:
+    """Their steps are so fine that codes go far beyond a byte."""
+    table = Table(1.0 / torch.arange(1, 301) ** 2, torch.eye(64))
+    problem = LayerProblem("t", LayerProblem.of(normal(300, 64)).weight, table=table)
+    bits, costs = zip(*ECGPTQ().trials(problem), strict=True)
+    assert all(b > a for a, b in itertools.pairwise(bits))
+    falls = [math.log2(a / b) for a, b in itertools.pairwise(costs)]
+    gains = [b - a for a, b in itertools.pairwise(bits)]
+    assert all(fall > 1.8 * gain for fall, gain in zip(falls[4:], gains[4:], strict=True))
 
 
 def test_rows_of_a_table_count_by_lookups_and_logits() -> None:
