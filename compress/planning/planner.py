@@ -264,9 +264,9 @@ class Planner:
             known = Worth.of(self._costs_by_kind(tried), Tensor([p.expected for p in tried]))
             worth = known.drawn(draw) if number % 2 == tries % 2 else known.mean.exp()
             tried.append(self.measured(self.fit(made.budget, self._weighed(worth))))
-            least = min(tried, key=lambda plan: plan.expected)
-            yield Event("refine", number + 1, tries, {"loss": least.expected})
-        return least
+            best = min(tried, key=lambda plan: plan.expected)
+            yield Event("refine", number + 1, tries, {"loss": best.expected})
+        return best
 
     @cached_property
     def kinds(self) -> list[int]:
