@@ -24,7 +24,7 @@ def plan(
     size: Annotated[str | None, typer.Option(help=SIZE)] = None,
     keep: Annotated[
         str | None,
-        typer.Option(help="The least size that keeps e.g. 99% of the quality, exp(-KL)."),
+        typer.Option(help="The least size that surely keeps e.g. 99% of the quality, exp(-KL)."),
     ] = None,
     frontier: Annotated[
         int | None,
@@ -66,6 +66,8 @@ def plan(
 
     if sum(given is not None for given in (size, keep, frontier)) != 1:
         raise RecipeError("give one of --size, --keep and --frontier")
+    if effort and not size:
+        raise RecipeError("--effort betters the plan of one size: give --size")
     if format not in FORMATS:
         raise RecipeError(f"--format {format}: choose one of {', '.join(FORMATS)}")
     asked = {"stages": [{"use": "gptq", "targets": names(targets)}]}

@@ -22,6 +22,7 @@ from compress.source import Source
 
 STEPS = 100  # of the original's bytes: sizes that ``keep`` tells apart
 NEARBY = 4  # sizes that it tries next to the law's guess
+SURE = 1.96  # standard errors of a measured KL that are added to it
 
 
 def plan(
@@ -75,10 +76,11 @@ def planner_of(
 
 
 def keep(planner: Planning, share: float) -> Generator[Event, None, tuple[Plan, Plan | None]]:
-    """The smallest plan, in steps of 1% of the bytes, with measured exp(−KL) ≥ ``share``.
+    """The smallest plan, in steps of 1% of the bytes, that surely has exp(−KL) ≥ ``share``.
 
-    Perplexity then rises by about 1/share at most. Also returns the plan one step smaller, which
-    does not keep it; None if there is none so small.
+    Surely: the upper end of the 95% interval of its measured KL does, so that other text agrees.
+    Perplexity then rises by about 1/share at most. Also returns the plan one step smaller, of which
+    this is not sure; None if there is none so small.
 
     Raises:
         RecipeError: no size keeps so much. DataError: too little text to measure on.
@@ -94,13 +96,14 @@ def keep(planner: Planning, share: float) -> Generator[Event, None, tuple[Plan, 
     while meets - fails > 1:
         made = found[guess] = yield from planner.best(int(guess * step))
         assert made.measured is not None
-        if made.measured[0] <= allowed:
+        kl, error = made.measured
+        if kl + SURE * error <= allowed:
             meets, nearby = guess, guess - 1
         else:
             fails, nearby = guess, guess + 1
         # the law's guess is mostly a step or two off; where it is not, halving is safer
         guess = nearby if len(found) < NEARBY else (fails + meets) // 2
-        yield Event("keep", len(found), 0, {"kl": made.measured[0]})
+        yield Event("keep", len(found), 0, {"kl": kl})
     if meets not in found:
         raise RecipeError(f"no size below the original's keeps {share:.2%}")
     return found[meets], found.get(fails)

@@ -320,6 +320,9 @@ def test_plan_writes_a_recipe_that_apply_obeys(compress: Run, tmp_path: Path) ->
     taken = json.loads(answer.out)["bytes"]
     assert 0.99 * 0.3 * taken["original"] < taken["disk"] <= 0.3 * taken["original"]
     assert compress("plan", "--size", "a third", "--out", recipe).code == 2
+    answer = compress("plan", "--keep", "99%", "--effort", 2, "--out", recipe)
+    assert answer.code == 2
+    assert "--effort" in answer.err
 
 
 def test_little_memory_changes_no_byte(

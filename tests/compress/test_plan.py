@@ -288,20 +288,25 @@ def test_the_law_finds_a_line_and_covers_new_points() -> None:
 
 
 class Known(Planner):
-    """One whose plans cost what they are predicted to, and nothing is applied."""
+    """One whose plans cost what they are predicted to, about, and nothing is applied."""
+
+    error = 0.0  # share of a cost
 
     def measure(self, made: Plan) -> tuple[float, float]:
-        return made.cost, 0.0
+        return made.cost, self.error * made.cost
 
 
-def test_the_least_size_that_keeps_the_quality(planner: Planner) -> None:
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_the_least_size_that_surely_keeps_the_quality(planner: Planner, error: float) -> None:
     known = object.__new__(Known)
     known.__dict__ |= planner.__dict__ | {
         "held": True,
         "law": Law.of([0.01, 0.1, 1], [0.02, 0.2, 2]),
+        "error": error,
     }
     made, smaller = outcome(keep(known, 0.9))
-    assert made.measured[0] <= -math.log(0.9) < smaller.measured[0]
+    ends = [plan.measured[0] * (1 + 1.96 * error) for plan in (made, smaller)]
+    assert ends[0] <= -math.log(0.9) < ends[1]
     assert made.budget - smaller.budget == pytest.approx(planner.source.nbytes / 100, abs=1)
 
 
