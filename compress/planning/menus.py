@@ -201,8 +201,8 @@ class Codes(Line):
 
     axes = frozenset({"bits"})
     axis = "bits"
-    values = tuple(n / 8 for n in range(9, 49))
-    tried = (1.125, 1.5, 2.0, 3.0, 4.5, 6.0)
+    values = tuple(n / 8 for n in range(2, 49))
+    tried = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.5, 6.0)
 
     def costs(self, problem: LayerProblem, site: Site) -> dict[str, float]:
         """Between steps that are tried; infinite where the matrix is too small for so few bits."""

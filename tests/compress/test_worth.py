@@ -69,7 +69,7 @@ def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) ->
     planner = Skewed(recipe, Source(folder), recipe.stages[0])
     outcome(planner.look())
     planner.__dict__["held"] = True
-    first = planner.fit((planner.least + planner.most) // 2)
+    first = planner.fit((3 * planner.least + 4 * planner.most) // 7)
     told = [
         replace(c, costs=c.costs * w) for c, w in zip(planner.choices, planner.worth, strict=True)
     ]

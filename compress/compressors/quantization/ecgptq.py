@@ -19,7 +19,7 @@ from compress.moments import Moments
 from compress.problem import LayerProblem
 from compress.weights import Coded, Weight
 
-RATES = (0.25, 0.75, 1.25, 2.0, 3.0, 4.5, 6.0)  # bits of a trial, about: from below 1.1 to above 6
+RATES = (-1.0, -0.25, 0.25, 0.75, 1.25, 2.0, 3.0, 4.5, 6.0)  # bits of a trial, about
 
 
 class ECGPTQ(EntropyCoded, CalibratedCompressor):

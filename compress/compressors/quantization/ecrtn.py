@@ -23,7 +23,7 @@ class EntropyCoded(LayerCompressor, ABC):
     makes: ClassVar = "coded"
 
     bits: float = Field(
-        3.0, ge=1, le=6, description="bits a weight in the file, everything counted"
+        3.0, ge=0.25, le=6, description="bits a weight in the file, everything counted"
     )
 
     def predict(self, shape: Shape, dtype: torch.dtype) -> int:

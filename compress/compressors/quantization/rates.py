@@ -12,7 +12,7 @@ from compress.compressors.quantization.steps import ZERO, entropy
 FINE = 4  # step sizes a doubling at which entropies are known
 ABOVE, BELOW = 3, 6  # doublings around the spread of the weights
 SAMPLE = 1 << 18  # weights of a matrix whose entropy tells that of all
-LEAST, MOST = 1.0, 6.0  # bits a weight
+LEAST, MOST = 0.5, 6.0  # bits a weight
 HALVINGS = 50
 
 
