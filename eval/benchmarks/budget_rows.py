@@ -76,9 +76,7 @@ class Bench:
             made = runs.apply(recipe, Path(folder) / "out", verify=False)
             found = self.evaluated(f"{folder}/out")
         kl = found["kl"].value or 0.0
-        return self.keep(
-            Row(percent, seed, name, setting, made["bytes"]["disk"], found["nll"], kl)
-        )
+        return self.keep(Row(percent, seed, name, setting, made["bytes"]["disk"], found["nll"], kl))
 
     def keep(self, row: Row) -> Row:
         if row.bytes <= self.size(row.percent):
