@@ -84,8 +84,8 @@ def within(make: Callable[[float], Coded], start: float, nbytes: int) -> Coded:
             if bits > -0.01:
                 break
         # doubling a step saves about a bit, but less where most codes are zero
-        doublings = bits * (1 + number if best is None else 1) + (0.004 if bits > 0 else 0.002)
-        guess = factor * 2.0**doublings
+        doublings = bits if best is not None else max(bits, min(2.0, bits * (1 + number)))
+        guess = factor * 2.0 ** (doublings + (0.004 if bits > 0 else 0.002))
         if below is not None and above is not None and not below < guess < above:
             guess = (below * above) ** 0.5
         factor = guess
