@@ -152,6 +152,11 @@ def test_bits_are_shared_out_at_one_step_size() -> None:
     assert math.isclose(shares["large"] - shares["small"], 2.0, abs_tol=0.1)  # log₂ 4
 
 
+def test_less_than_the_usual_least_is_shared_out_as_asked() -> None:
+    rates = [Rate.of(str(n), normal(128, 128, seed=n, scale=2.0**n)) for n in range(2)]
+    assert math.isclose(sum(share_out(rates, 0.3).values()) / 2, 0.3, abs_tol=1e-3)
+
+
 def test_steps_are_near_those_asked_for() -> None:
     rows, columns = torch.rand(50) + 0.01, torch.rand(30) + 0.01
     sizes = Steps.of(rows, columns).sizes()

@@ -35,12 +35,12 @@ class Rate:
             bits[t] = entropy((flat / 2 ** (t / FINE)).round_().clamp_(-ZERO, ZERO - 1))
         return cls(name, weights.numel(), bits)
 
-    def at(self, t: float) -> float:
-        """For s = 2^(t/4), between the known ones in proportion; from ``LEAST`` to ``MOST``."""
+    def at(self, t: float, least: float = LEAST) -> float:
+        """For s = 2^(t/4), between the known ones in proportion; from ``least`` to ``MOST``."""
         t = min(max(t, min(self.bits)), max(self.bits) - 1e-9)
         below = int(t // 1)
         bits = self.bits[below] + (t - below) * (self.bits[below + 1] - self.bits[below])
-        return min(max(bits, LEAST), MOST)
+        return min(max(bits, least), MOST)
 
 
 def share_out(rates: Iterable[Rate], average: float) -> dict[str, float]:
@@ -48,15 +48,15 @@ def share_out(rates: Iterable[Rate], average: float) -> dict[str, float]:
 
     What the code needs beyond the entropy is not known yet: each is to fit into what it gets.
     """
-    known = list(rates)
+    known, least = list(rates), min(LEAST, average)
     whole = sum(rate.count for rate in known)
     low, high = float(min(min(r.bits) for r in known)), float(max(max(r.bits) for r in known))
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        if sum(rate.count * rate.at(middle) for rate in known) > average * whole:
+        if sum(rate.count * rate.at(middle, least) for rate in known) > average * whole:
             low = middle
         else:
             high = middle
-    shares = {rate.name: rate.at(high) for rate in known}
+    shares = {rate.name: rate.at(high, least) for rate in known}
     over = sum(rate.count * shares[rate.name] for rate in known) / whole - average
-    return {name: share - over if LEAST < share < MOST else share for name, share in shares.items()}
+    return {name: share - over if least < share < MOST else share for name, share in shares.items()}
