@@ -155,6 +155,16 @@ def test_changed_matrices_are_found_and_vectors_are_not(tmp_path: Path) -> None:
     assert measure.changed(files, after) == {"b"}
 
 
+def test_what_float16_cannot_hold_has_not_changed(tmp_path: Path) -> None:
+    before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
+    table = torch.tensor([[1.0, 2.0**-30], [-3.5, 0.1]], dtype=torch.bfloat16)
+    rounded = table.half().to(torch.bfloat16)
+    assert not torch.equal(table, rounded)
+    save_file({"table": table, "matrix": table.clone()}, before)
+    save_file({"table": rounded, "matrix": table + 2.0**-7}, after)
+    assert measure.changed([before], after) == {"matrix"}
+
+
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr(sys, "argv", ["eval.peers", *map(str, arguments)])
     program.main()
