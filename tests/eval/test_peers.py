@@ -160,9 +160,13 @@ def test_what_float16_cannot_hold_has_not_changed(tmp_path: Path) -> None:
     table = torch.tensor([[1.0, 2.0**-30], [-3.5, 0.1]], dtype=torch.bfloat16)
     rounded = table.half().to(torch.bfloat16)
     assert not torch.equal(table, rounded)
-    save_file({"table": table, "matrix": table.clone()}, before)
-    save_file({"table": rounded, "matrix": table + 2.0**-7}, after)
-    assert measure.changed([before], after) == {"matrix"}
+    other = torch.tensor([[1.0, 2.0**-29], [-3.5, 0.1]], dtype=torch.bfloat16)
+    same = {"table": table, "other": table.clone(), "shorter": table.clone()}
+    save_file(same | {"matrix": table.clone()}, before)
+    save_file(
+        {"table": rounded, "other": other, "shorter": table[:1], "matrix": table + 2.0**-7}, after
+    )
+    assert measure.changed([before], after) == {"other", "shorter", "matrix"}
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
