@@ -35,7 +35,7 @@ class Rate:
             bits[t] = entropy((flat / 2 ** (t / FINE)).round_().clamp_(-ZERO, ZERO - 1))
         return cls(name, weights.numel(), bits)
 
-    def at(self, t: float, least: float = LEAST) -> float:
+    def at(self, t: float, least: float) -> float:
         """For s = 2^(t/4), between the known ones in proportion; from ``least`` to ``MOST``."""
         t = min(max(t, min(self.bits)), max(self.bits) - 1e-9)
         below = int(t // 1)
