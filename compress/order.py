@@ -33,7 +33,8 @@ def check_order(
         if isinstance(stage.compressor, (TransformCompressor, StructureCompressor)):
             changed = f"stages.{number} ({stage.use})"
         if isinstance(stage.compressor, StructureCompressor):
-            chosen = [site for site in anatomy.sites if site.block is not None]
+            tables = "embedding" in stage.compressor.layouts
+            chosen = [site for site in anatomy.sites if tables or site.block is not None]
         for site in chosen:
             kind = kinds[site.name]
             compressor = stage.compressor_for(site)

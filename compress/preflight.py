@@ -11,6 +11,7 @@ from compress.anatomy import Site
 from compress.calibration import calibrates
 from compress.compressors.base import LayerCompressor, Shape, TrainingCompressor
 from compress.compressors.structure.depth import Depth
+from compress.compressors.structure.hidden import Hidden
 from compress.errors import CheckpointError
 from compress.objective import window_length
 from compress.order import check_order
@@ -64,7 +65,8 @@ def preflight(recipe: Recipe, source: Source) -> Preflight:
             if isinstance(compressor, LayerCompressor):
                 _follow(compressor, site, pieces, size)
         if then is not model:  # of what a structural stage takes all is dense
-            outside = {site.name for site in model.anatomy.blocks[0].sites}
+            same = set(model.anatomy.blocks[0].sites) & set(then.anatomy.blocks[0].sites)
+            outside = {site.name for site in same}
             kept = {s.name: s for s in then.anatomy.sites if s.name not in outside}
             size = {n: b for n, b in size.items() if n in outside}
             size |= {name: site.nbytes for name, site in kept.items()}
@@ -99,14 +101,14 @@ def _memory(recipe: Recipe, models: list[Source]) -> int:
     states and two of the widest matrix' inputs each, in both models, and the moments of these
     inputs with their factors. A training stage holds the model four times in float32 (weights,
     gradient, AdamW's two moments), its best values, and the teacher. One that drops blocks holds
-    it twice.
+    it twice, one that narrows its stream as well, with what the gradient needs.
     """
     source = models[0]
     training = any(isinstance(s.compressor, TrainingCompressor) for s in recipe.stages)
     if training:
         return 6 * 4 * source.parameters
     streamed = 0
-    if any(isinstance(s.compressor, Depth) for s in recipe.stages):
+    if any(isinstance(s.compressor, (Depth, Hidden)) for s in recipe.stages):
         streamed = 2 * 4 * source.parameters
     for block in source.anatomy.blocks:
         stored = sum(site.nbytes for site in block.sites)

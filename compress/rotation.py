@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from compress.errors import ModelError
+from compress.errors import ModelError, RecipeError
 from compress.heads import Head, find_heads
+from compress.recipe import Stage
 from compress.source import Source
 from compress.store import Part
 from compress.weights import Dense
@@ -119,6 +120,19 @@ def find_stream(source: Source, rotation: Rotation, *, heads: bool) -> Stream:
         f"{name}: turning its residual stream changes what it puts out; rotations are for "
         "models with a norm before every matrix that reads the stream"
     )
+
+
+def takes_all(stage: Stage, stream: Stream, source: Source) -> None:
+    """Refuse a stage that leaves out some of what stands at the stream.
+
+    Raises:
+        RecipeError: with the name of one.
+    """
+    missed = (stream.readers | stream.writers) - {s.name for s in stage.sites(source.anatomy)}
+    if missed:
+        raise RecipeError(
+            f"{stage.use} turns the whole model, and {min(missed)} is not among its targets"
+        )
 
 
 def keeping_mean(R: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.anatomy import Anatomy, Block, Site, anatomize
 from compress.compressors.base import StructureCompressor
+from compress.compressors.structure.hidden import Hidden
 from compress.compressors.structure.width import Width
 from compress.errors import ModelError, RecipeError
 from compress.recipe import Recipe, Stage
@@ -39,7 +40,7 @@ class Reshaped(Source):
     """``before`` with only some of its ``layers``, and ``changes`` of its config.json.
 
     Raises:
-        ModelError: transformers rejects the config.
+        ModelError: transformers rejects the config, or makes more matrices of it.
     """
 
     def __init__(self, before: Source, layers: Sequence[int], changes: Mapping[str, Any]) -> None:
@@ -63,6 +64,9 @@ class Reshaped(Source):
                 known = stored.get(renamed(name, block, old[origin]))
                 if known is not None:
                     self._stored[name] = known
+        other = next((s.name for s in anatomy.sites if s.parameter not in self._stored), None)
+        if other is not None:
+            raise ModelError(f"{self.folder}: with {changes} there is a matrix more, {other}")
         self.anatomy = Anatomy(
             tuple(
                 replace(
@@ -273,9 +277,14 @@ def _configs(
             heads = getattr(source.config, "num_attention_heads", 1)
             reader = next(one.reader for one in found if one.part == "attention")
             changes["head_dim"] = reader.shape[1] // heads
+    yield from _twins(source, changes)
+
+
+def _twins(source: Source, changes: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """``changes`` as they are, and of a Llama for a Mistral, whose heads may have any size."""
     yield changes
     twin = source.model_class.__name__.replace("Llama", "Mistral")
-    if config["model_type"] == "llama" and hasattr(transformers, twin):
+    if source.config.model_type == "llama" and hasattr(transformers, twin):
         as_mistral = {"model_type": "mistral", "architectures": [twin], "sliding_window": None}
         yield {**changes, **as_mistral}
 
@@ -302,6 +311,33 @@ def _shapes(
     return {"compressed_shapes": shapes}
 
 
+def slimmed(source: Source, keep: int) -> Iterator[Reshaped]:
+    """Ways to express a residual stream of ``keep`` channels, the plainest first.
+
+    A norm adds eps to a mean over fewer channels, so eps grows as their mean does.
+
+    Raises:
+        ModelError: the config does not say how wide the stream is, or layers differ already.
+    """
+    config, key = source.config.to_dict(), _key(source, "hidden_size")
+    if not isinstance(config.get(key), int) or "compressed_shapes" in config:
+        raise ModelError(
+            f"{source.model_class.__name__}: its config does not say how wide the residual stream "
+            "is, or its layers differ already (hidden goes before width by error)"
+        )
+    changes: dict[str, Any] = {key: keep}
+    heads = config.get(_key(source, "num_attention_heads"))
+    if key == "hidden_size" and heads:
+        changes["head_dim"] = config.get("head_dim") or config[key] // heads
+    if eps := next((k for k in ("rms_norm_eps", "layer_norm_epsilon") if k in config), None):
+        changes[eps] = config[eps] * config[key] / keep
+    for asked in _twins(source, changes):
+        try:
+            yield Reshaped(source, range(source.anatomy.layers), asked)
+        except ModelError:
+            continue
+
+
 def _key(source: Source, name: str) -> str:
     """What config.json calls an attribute (GPT-2: n_layer)."""
     return type(source.config).attribute_map.get(name, name)
@@ -315,6 +351,8 @@ def predicted(stage: Stage, source: Source) -> Source:
     compressor = stage.compressor
     if not isinstance(compressor, StructureCompressor):
         return source
+    if isinstance(compressor, Hidden):
+        return _predicted_slim(stage, compressor, source)
     if not isinstance(compressor, Width):
         layers = source.anatomy.layers
         if compressor.keeps(layers) == layers:
@@ -331,6 +369,23 @@ def predicted(stage: Stage, source: Source) -> Source:
             f"{found[0].reader.name} that would be less than one, or than the multiple"
         )
     return next(narrowed(source, found, keep))
+
+
+def _predicted_slim(stage: Stage, compressor: Hidden, source: Source) -> Source:
+    width = source.config.to_dict().get(_key(source, "hidden_size")) or 0
+    keep = compressor.keeps(width, compressor.multiple)
+    if keep == width:
+        raise RecipeError(
+            f"{stage.use} amount={compressor.amount}: nothing goes; of {width} channels that would "
+            "be less than one, or than the multiple"
+        )
+    found = next(slimmed(source, keep), None)
+    if found is None:
+        raise ModelError(
+            f"{source.model_class.__name__}: its config takes no hidden_size of {keep} by itself; "
+            "hidden is for models with RMSNorm, as Llama's"
+        )
+    return found
 
 
 def sources(recipe: Recipe, source: Source) -> list[Source]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.compressors.base import StructureCompressor
 from compress.compressors.structure.depth import Depth
+from compress.compressors.structure.hidden import Hidden
 from compress.compressors.structure.width import Width
 from compress.errors import RecipeError
 from compress.events import Event
@@ -14,6 +15,7 @@ from compress.narrowing import narrow
 from compress.recipe import Recipe, Stage
 from compress.shape import Reshaped
 from compress.shortening import shorten
+from compress.slicing import slim
 from compress.source import Source
 from compress.store import Blocks, Store
 
@@ -31,7 +33,11 @@ def restructure(
         return (yield from shorten(number, stage, recipe, source, before, store))
     if isinstance(compressor, Width):
         return (yield from narrow(number, stage, recipe, source, before, store))
-    raise RecipeError(f"{stage.use}: only depth and width are known to change a model's shape")
+    if isinstance(compressor, Hidden):
+        return (yield from slim(number, stage, recipe, source, before, store))
+    raise RecipeError(
+        f"{stage.use}: only depth, width and hidden are known to change a model's shape"
+    )
 
 
 def followed(stage: Stage, report: dict[str, Any], source: Source) -> Source:

@@ -21,10 +21,9 @@ from compress.anatomy import Site
 from compress.blockwise import Stop, stops, streamed
 from compress.calibration import forward_passes
 from compress.compressors.base import RotationCompressor, ScalingCompressor, SharedInput
-from compress.errors import RecipeError
 from compress.events import Event
 from compress.recipe import Recipe, Stage
-from compress.rotation import find_stream
+from compress.rotation import find_stream, takes_all
 from compress.solvers import about
 from compress.source import Source
 from compress.store import Blocks, Part, Store
@@ -62,12 +61,8 @@ def _turn(
     if distributed.rank():
         return
     stream = find_stream(source, compressor.rotation, heads=compressor.heads)
+    takes_all(stage, stream, source)
     turned = stream.readers | stream.writers
-    missed = turned - {site.name for site in stage.sites(source.anatomy)}
-    if missed:
-        raise RecipeError(
-            f"{stage.use} turns the whole model, and {min(missed)} is not among its targets"
-        )
     blocks = source.anatomy.blocks
     for i, block in enumerate(blocks):
         if not store.has(i):

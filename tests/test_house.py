@@ -25,7 +25,7 @@ LAYERS = (
     "compressors", "registry", "recipe", "order", "source", "shape", "blockwise", "assemble",
     "formats", "gguf_file", "stored", "checkpoint", "calibration", "sensitivity", "solvers",
     "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring", "heads",
-    "rotation", "transform", "narrowing", "shortening", "structure", "planning", "run",
+    "rotation", "transform", "narrowing", "shortening", "slicing", "structure", "planning", "run",
     "export", "runtime", "api", "testing", "arguments", "display", "hub", "plan_command",
     "export_command", "generate_command", "serve_command", "cli",
 )  # fmt: skip
