@@ -17,8 +17,8 @@ from compress.objective import window_length
 from compress.order import check_order
 from compress.recipe import Recipe
 from compress.shape import sources
-from compress.sharded import check_launcher
 from compress.source import Source
+from compress.zero import check_launcher
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ def preflight(recipe: Recipe, source: Source) -> Preflight:
         RecipeError: a pattern matches nothing, a stage cannot follow another, or the launcher is
             not one that training runs under.
     """
-    if any(isinstance(stage.compressor, TrainingCompressor) for stage in recipe.stages):
-        check_launcher()
+    training = [s.compressor for s in recipe.stages if isinstance(s.compressor, TrainingCompressor)]
+    if training:
+        check_launcher(muon=any(getattr(c, "optimizer", None) == "muon" for c in training))
     first, *rest = sources(recipe, source)
     check_order(recipe.stages, first.anatomy, [model.anatomy for model in rest])
     pieces: dict[str, list[Shape]] = {site.name: [site.shape] for site in first.anatomy.sites}

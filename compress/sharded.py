@@ -14,27 +14,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress import distributed
-from compress.errors import RecipeError
 
 
 def wanted() -> bool:
     """Whether there are several processes, and whoever started them asked for sharding."""
     asked = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return asked and distributed.size() > 1
-
-
-def check_launcher() -> None:
-    """Refuse a launcher whose way of training this is not.
-
-    Raises:
-        RecipeError: DeepSpeed is asked for.
-    """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise RecipeError(
-            "DeepSpeed is not supported: its engine takes over steps and keeps a state of its own, "
-            "so a run would not resume to the same weights; accelerate launch --use_fsdp spreads "
-            "parameters, gradients and optimizer as ZeRO-3 does"
-        )
 
 
 def shard(model: nn.Module) -> nn.Module:

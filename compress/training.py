@@ -23,12 +23,13 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from compress import distributed, sharded
+from compress import distributed, sharded, zero
 from compress.errors import RecipeError
 from compress.memory import keep_large
 from compress.muon import Muon
 from compress.sharded import like, whole
 from compress.store import SafetensorsWriter
+from compress.zero import Zero
 
 STATE = "training.safetensors"
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
@@ -119,14 +120,22 @@ class Trainer:
         )
         self.half = precision == "bfloat16" or (precision == "auto" and _has_bf16())
         self.model: Any
-        if sharded.wanted():
+        if zero.wanted():
+            self.model = objective.to(self.accelerator.device)
+        elif sharded.wanted():
             self.model = sharded.shard(objective.to(self.accelerator.device))
         else:
             self.model = self.accelerator.prepare_model(objective)
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.trained = [p for _, p in named]
         self.optimizers = _optimizers(named, schedule.weight_decay, later, matrix)
-        self.progress = _Progress(folder / STATE, self.trained, self.optimizers)
+        self.zero: Zero | None = None
+        if zero.wanted():
+            (adamw,) = self.optimizers
+            pieces, clip = schedule.accumulate, schedule.clip
+            self.zero = Zero(objective, adamw, pieces=pieces, clip=clip, half=self.half)
+            self.model = self.zero.engine
+        self.progress = _Progress(folder / STATE, self.trained, self.optimizers, self.zero)
 
     def fit(self, train: Tensor, held: Tensor) -> dict[str, Any]:
         """Train, and leave the parameters of the best held-out loss, or the last, in place.
@@ -203,20 +212,29 @@ class Trainer:
                 with self._autocast():
                     loss = self.model(piece, step)
                 # Gradients are averaged over processes, and the sum is wanted.
-                self.accelerator.backward(loss * (self.processes / count))
+                scaled = loss * (self.processes / count)
+                if self.zero:
+                    self.zero.backward(scaled, last=number == len(mine))
+                else:
+                    self.accelerator.backward(scaled)
             total += loss.item()
-        nn.utils.clip_grad_norm_(self.trained, self.schedule.clip)
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        if self.zero:
+            self.zero.step()
+        else:
+            nn.utils.clip_grad_norm_(self.trained, self.schedule.clip)
+            for optimizer in self.optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
         return distributed.total(total).item() / count
 
     def _together(self, last: bool) -> AbstractContextManager[Any]:
         """Gradients of a step's pieces are exchanged once, at the last."""
-        waits = not last and hasattr(self.model, "no_sync")
+        waits = not last and not self.zero and hasattr(self.model, "no_sync")
         return self.model.no_sync() if waits else nullcontext()
 
     def _autocast(self) -> AbstractContextManager[Any]:
+        if self.zero:  # its engine does it
+            return nullcontext()
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.half)
 
 
@@ -227,9 +245,13 @@ class _Progress:
     NUMBERS = ("step", "waited", "best_step", "before", "best", "last", "curve")
 
     def __init__(
-        self, path: Path, trained: list[Tensor], optimizers: list[torch.optim.Optimizer]
+        self,
+        path: Path,
+        trained: list[Tensor],
+        optimizers: list[torch.optim.Optimizer],
+        zero: Zero | None = None,
     ) -> None:
-        self.path, self.trained = path, trained
+        self.path, self.trained, self.zero = path, trained, zero
         self.mover = {p: o for o in optimizers for g in o.param_groups for p in g["params"]}
         self.step = self.waited = self.best_step = 0
         self.before = self.best = self.last = math.inf
@@ -292,9 +314,13 @@ class _Progress:
         for i, parameter in enumerate(self.trained):
             yield f"{i}.now", parameter.detach()
             yield f"{i}.best", self.best_values[i]
-            state = self.mover[parameter].state[parameter]
-            for key, value in state.items():  # empty without a gradient
+            for key, value in self._state(parameter).items():  # empty without a gradient
                 yield f"{i}.{key}", value
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        if self.zero:
+            return self.zero.state(parameter)
+        return self.mover[parameter].state[parameter]
 
     def resume(self) -> bool:
         if not self.path.exists():
@@ -304,8 +330,9 @@ class _Progress:
                 setattr(self, key, value)
             held = set(file.keys())
             for i, parameter in enumerate(self.trained):
+                now = like(parameter, file.get_tensor(f"{i}.now"))
                 with torch.no_grad():
-                    parameter.copy_(like(parameter, file.get_tensor(f"{i}.now")))
+                    parameter.copy_(now)
                 self.best_values.append(like(parameter, file.get_tensor(f"{i}.best")))
                 state = {
                     key: like(parameter, file.get_tensor(f"{i}.{key}"))
@@ -314,7 +341,10 @@ class _Progress:
                 }
                 if f"{i}.step" in held:
                     state["step"] = file.get_tensor(f"{i}.step")
-                self.mover[parameter].state[parameter] = state
+                if self.zero:
+                    self.zero.restore(parameter, now, state)
+                else:
+                    self.mover[parameter].state[parameter] = state
         return True
 
 

@@ -21,12 +21,12 @@ MODULES = sorted([*LIBRARY, *(ROOT / "eval").rglob("*.py")])
 # Each may import those before it, and its own layer; cli may import eval as well.
 LAYERS = (
     "errors", "sizes", "memory", "products", "offload", "distributed", "events", "weights",
-    "anatomy", "moments", "problem", "store", "data", "objective", "sharded", "muon", "training",
-    "compressors", "registry", "recipe", "order", "source", "shape", "blockwise", "assemble",
-    "formats", "gguf_file", "stored", "checkpoint", "calibration", "sensitivity", "solvers",
-    "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring", "heads",
-    "rotation", "transform", "narrowing", "shortening", "slicing", "structure", "planning", "run",
-    "export", "runtime", "api", "testing", "arguments", "display", "hub", "plan_command",
+    "anatomy", "moments", "problem", "store", "data", "objective", "sharded", "zero", "muon",
+    "training", "compressors", "registry", "recipe", "order", "source", "shape", "blockwise",
+    "assemble", "formats", "gguf_file", "stored", "checkpoint", "calibration", "sensitivity",
+    "solvers", "layerwise", "preflight", "plain_load", "writer", "workdir", "verify", "wiring",
+    "heads", "rotation", "transform", "narrowing", "shortening", "slicing", "structure", "planning",
+    "run", "export", "runtime", "api", "testing", "arguments", "display", "hub", "plan_command",
     "export_command", "generate_command", "serve_command", "cli",
 )  # fmt: skip
 TALKERS = {"cli", "plain_load", "display", "__main__"}

@@ -406,16 +406,27 @@ def test_a_long_training_is_checked_twenty_times(
     assert seen == [every]
 
 
-@pytest.mark.parametrize("use", ["distill", "rtn"])
-def test_a_launcher_of_another_engine_is_refused_before_anything_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use: str
-) -> None:
+@pytest.mark.parametrize(
+    ("stage", "there", "zero", "message"),
+    [
+        ({"use": "distill"}, False, "2", "not installed: pip install"),
+        ({"use": "distill"}, True, "3", "ZeRO-3 is not supported"),
+        ({"use": "distill", "optimizer": "muon"}, True, "2", "muon moves whole matrices"),
+        ({"use": "rtn"}, False, "2", None),  # it trains nothing
+    ],
+)
+def test_what_deepspeed_cannot_do_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any], there: bool, zero: str,
+    message: str | None,
+) -> None:  # fmt: skip
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    if use == "rtn":  # it trains nothing
-        compress.apply({"stages": [{"use": use}]}, model="demo", out=tmp_path / "x", verify=False)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", zero)
+    monkeypatch.setattr("compress.zero.find_spec", lambda name: object() if there else None)
+    recipe = {"stages": [stage], "calibration": {"data": "demo"}}
+    if message is None:
+        assert compress.apply(recipe, model="demo", out=tmp_path / "x", verify=False)
         return
-    recipe = {"stages": [{"use": use}], "calibration": {"data": "demo"}}
-    with pytest.raises(RecipeError, match="DeepSpeed is not supported"):
+    with pytest.raises(RecipeError, match=message):
         compress.apply(recipe, model="demo", out=tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -1,4 +1,4 @@
-"""Training in several processes, with gradients exchanged (DDP) or parameters spread (FSDP2)."""
+"""Training in several processes: gradients exchanged (DDP), or all spread (FSDP2, ZeRO)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,18 @@ SCRIPT = """
 import json, os, sys
 from pathlib import Path
 from compress import distributed, recipe, run
-for name, sharded in (("ddp", "false"), ("fsdp", "true")):
-    os.environ["ACCELERATE_USE_FSDP"] = sharded
+for name in sys.argv[3:]:
+    engine, _, stage = name.partition("-")
+    os.environ["ACCELERATE_USE_FSDP"] = str(engine == "fsdp")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(engine == "zero")
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = stage[:1]
     out = Path(sys.argv[2], name)
-    events = run.run(recipe.load_one(sys.argv[1]), out, verify=False)
-    losses = [event.numbers["loss"] for event in events if "loss" in event.numbers]
+    losses = []
+    for event in run.run(recipe.load_one(sys.argv[1]), out, verify=False):
+        if "loss" in event.numbers:
+            losses.append(event.numbers["loss"])
+        if event.done == int(os.environ.get("DIE_AT", "-1")):
+            os._exit(1)
     if not distributed.rank():
         Path(f"{out}.json").write_text(json.dumps(losses))
 """
@@ -47,6 +54,35 @@ STAGES: list[dict[str, Any]] = [
 ]
 
 
+def trained(
+    recipe: dict[str, Any], folder: Path, *names: str, die_at: int | None = None
+) -> dict[str, list[float]]:
+    """The losses of two processes, by the way in which they share the work."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "several.py").write_text(SCRIPT)
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+            "--standalone", folder / "several.py", folder / "recipe.yaml", folder, *names,
+        ],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+        | ({"DIE_AT": str(die_at)} if die_at else {}),
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    if die_at:
+        assert done.returncode, "it was to be killed"
+        return {}
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
+
+
+def alone(recipe: dict[str, Any], folder: Path) -> list[float]:
+    """The losses of one process."""
+    events = runs.run(recipes.load_one(recipe), folder / "alone" / "one", verify=False)
+    return [event.numbers["loss"] for event in events if "loss" in event.numbers]
+
+
 def test_two_processes_train_what_one_does(
     text: str, source: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -56,23 +92,11 @@ def test_two_processes_train_what_one_does(
         "stages": STAGES,
         "storage": "compact",
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (tmp_path / "several.py").write_text(SCRIPT)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-            "--standalone", tmp_path / "several.py", tmp_path / "recipe.yaml", tmp_path,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    events = runs.run(recipes.load_one(recipe), tmp_path / "alone" / "one", verify=False)
-    expected = [event.numbers["loss"] for event in events if "loss" in event.numbers]
+    found = trained(recipe, tmp_path, "ddp", "fsdp")
+    expected = alone(recipe, tmp_path)
     assert len(expected) == 11
     one = models.record(tmp_path / "alone" / "one")
-    for name in ("ddp", "fsdp"):
-        losses = json.loads((tmp_path / f"{name}.json").read_text())
+    for name, losses in found.items():
         assert losses == pytest.approx(expected, rel=2e-3), name
         two = models.record(tmp_path / name)
         assert two["bytes"] == one["bytes"]
@@ -80,3 +104,27 @@ def test_two_processes_train_what_one_does(
             for point, other in zip(a.get("curve", []), b.get("curve", []), strict=True):
                 assert point == pytest.approx(other, rel=2e-3)
         assert models.loaded_difference(tmp_path / name) < 5e-3
+
+
+def test_deepspeed_trains_what_one_process_does_and_resumes(
+    text: str, source: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    distill = {"use": "distill", "steps": 45, **TEXT, "accumulate": 2}
+    tune = {"use": "tune_scales", "steps": 4, **TEXT, "targets": ["q_proj"]}
+    recipe = {
+        "model": str(source("llama", num_key_value_heads=2)),
+        "calibration": {"data": text},
+        "stages": [distill, {"use": "rtn", "bits": 3, "group": 32, "targets": ["q_proj"]}, tune],
+    }
+    trained(recipe, tmp_path, "zero-2-killed", die_at=25)
+    assert not (tmp_path / "zero-2-killed").exists()
+    found = trained(recipe, tmp_path, "zero-1", "zero-2", "zero-2-killed")
+    expected = alone(recipe, tmp_path)
+    assert len(expected) == 49
+    for name, losses in found.items():
+        assert losses == pytest.approx(expected[-len(losses) :], rel=2e-3), name
+        assert models.loaded_difference(tmp_path / name) < 5e-3
+    assert len(found["zero-2-killed"]) == 24
+    whole, again = (models.digests(tmp_path / name) for name in ("zero-2", "zero-2-killed"))
+    assert whole["model.safetensors"] == again["model.safetensors"]
