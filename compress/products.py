@@ -1,6 +1,7 @@
 """Products of bfloat16 on processors that have no instructions for them.
 
-There torch multiplies matrices of bfloat16 ten to forty times more slowly than those of float32.
+There torch multiplies matrices of bfloat16 four times (AVX512) to forty times (AVX2) more slowly
+than those of float32.
 The same sums in float32, rounded once at the end, are what such instructions make, too.
 """
 
@@ -28,12 +29,23 @@ PIECE = 1 << 17  # numbers that are widened at a time
 
 @cache
 def has_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 in fast kernels, as torch itself asks.
+    """Whether this processor has instructions that multiply bfloat16.
 
-    Also where torch was built without oneDNN and cannot tell: products then stay as they are.
+    oneDNN says so of all with AVX512, where it widens numbers by other instructions, four times as
+    slowly as float32. Where torch was built without oneDNN and cannot tell, products stay as they
+    are.
     """
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return supported is None or bool(supported())
+    if supported is None:
+        return True
+    widens = _has("avx512") and not (_has("avx512_bf16") or _has("amx_tile"))
+    return bool(supported()) and not widens
+
+
+def _has(name: str) -> bool:
+    """Whether torch knows of these instructions here."""
+    known = getattr(torch.cpu, f"_is_{name}_supported", None)
+    return known is not None and bool(known())
 
 
 def fast_products() -> AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress import products
-from compress.products import fast_products
+from compress.products import fast_products, has_bfloat16
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +21,26 @@ def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))).bfloat16()
+
+
+@pytest.mark.parametrize(
+    ("one_dnn", "instructions", "expected"),
+    [
+        (True, {"avx512", "avx512_bf16"}, True),
+        (True, {"avx512", "amx_tile"}, True),
+        (True, {"avx512"}, False),  # it says yes, and widens
+        (True, set(), True),  # not Intel's, or AVX2 with its own instructions
+        (False, {"avx2"}, False),
+        (None, {"avx512"}, True),  # a torch without it cannot tell
+    ],
+)
+def test_processors_that_only_pretend_are_known(
+    monkeypatch: pytest.MonkeyPatch, one_dnn: bool | None, instructions: set[str], expected: bool
+) -> None:
+    known = {} if one_dnn is None else {"_is_mkldnn_bf16_supported": lambda: one_dnn}
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**known))
+    monkeypatch.setattr(products, "_has", lambda name: name in instructions)
+    assert has_bfloat16.__wrapped__() is expected
 
 
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
