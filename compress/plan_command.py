@@ -11,7 +11,7 @@ import typer
 from compress.arguments import Data, Json, Memory, Model, Quiet, Seed, Sets, names, overrides
 from compress.display import follow, frontier_table, plan_table, screen
 from compress.errors import RecipeError
-from compress.sizes import parse_share
+from compress.sizes import parse_effort, parse_share
 
 if TYPE_CHECKING:
     from compress.planning.plan import Plan
@@ -47,8 +47,11 @@ def plan(
         bool, typer.Option("--speed", help="Only what the packed runtime computes faster.")
     ] = False,
     effort: Annotated[
-        int, typer.Option(min=0, help="Other plans to apply and measure; the best one is kept.")
-    ] = 0,
+        str,
+        typer.Option(
+            help="Other plans to measure, e.g. 6, or for how long, 10min; the best is kept."
+        ),
+    ] = "0",
     seed: Seed = None,
     sets: Sets = None,
     memory: Memory = None,
@@ -66,7 +69,8 @@ def plan(
 
     if sum(given is not None for given in (size, keep, frontier)) != 1:
         raise RecipeError("give one of --size, --keep and --frontier")
-    if effort and not size:
+    tries, seconds = parse_effort(effort)
+    if tries and not size:
         raise RecipeError("--effort betters the plan of one size: give --size")
     if format not in FORMATS:
         raise RecipeError(f"--format {format}: choose one of {', '.join(FORMATS)}")
@@ -83,7 +87,7 @@ def plan(
     follow(planner.work(budget), "plan", silent)
     below: Plan | None = None
     if budget:
-        plans = [follow(planner.refine(planner.fit(budget), effort), "plan", silent)]
+        plans = [follow(planner.refine(planner.fit(budget), tries, seconds), "plan", silent)]
     elif frontier:
         plans = follow(planner.frontier(frontier), "plan", silent)
     else:

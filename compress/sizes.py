@@ -1,12 +1,15 @@
-"""How large something may be, as people write it."""
+"""How large something may be, and how long it may take, as people write it."""
 
 from __future__ import annotations
 
+import math
 import re
 
 from compress.errors import RecipeError
 
 UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+TIMES = {"s": 1, "min": 60, "h": 3600}
+PLANS = 1000  # of which no time allows more
 
 
 def parse_size(size: str, whole: float) -> int:
@@ -35,3 +38,15 @@ def parse_share(share: str) -> float:
     if not 0 < value < 1:
         raise RecipeError(f"keep {share}: write a share of the quality below 100%, e.g. 99%")
     return value
+
+
+def parse_effort(effort: str) -> tuple[int, float]:
+    """``6`` plans, or as many as ``90s``, ``10min`` or ``1.5h`` allow: how many, within seconds.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h|)\s*", effort.lower())
+    if not found or (not found[2] and "." in found[1]):
+        raise RecipeError(f"effort {effort}: a number of plans, or a time, e.g. 6 or 10min")
+    return (PLANS, float(found[1]) * TIMES[found[2]]) if found[2] else (int(found[1]), math.inf)

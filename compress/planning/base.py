@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import Protocol
 
@@ -53,8 +54,10 @@ class Planning(Protocol):
     def best(self, budget: int) -> Generator[Event, None, Plan]:
         """The best plan within ``budget`` bytes as far as measuring tells, and its KL."""
 
-    def refine(self, made: Plan, tries: int) -> Generator[Event, None, Plan]:
-        """The best of ``tries`` other plans of the same size, by measured KL."""
+    def refine(
+        self, made: Plan, tries: int, seconds: float = math.inf
+    ) -> Generator[Event, None, Plan]:
+        """The best of ``tries`` other plans of the same size, begun within so many seconds."""
 
     def frontier(self, count: int) -> Generator[Event, None, list[Plan]]:
         """The best for ``count`` sizes."""

@@ -8,7 +8,9 @@ size, or a whole frontier, takes no new pass over the text.
 
 from __future__ import annotations
 
+import math
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
@@ -249,8 +251,12 @@ class Planner:
         yield from ()
         return self.measured(self.fit(budget))
 
-    def refine(self, made: Plan, tries: int) -> Generator[Event, None, Plan]:
+    def refine(
+        self, made: Plan, tries: int, seconds: float = math.inf
+    ) -> Generator[Event, None, Plan]:
         """The best of ``tries`` other plans of the same size, by measured KL.
+
+        No more are begun when ``seconds`` are over.
 
         What is measured tells what the costs of every kind of matrix are worth. In turn the best
         plan by what is known is tried, and one by what is still possible (Thompson 1933). The
@@ -260,7 +266,10 @@ class Planner:
             return made
         tried = [self.measured(made)]
         draw = torch.Generator().manual_seed(self.recipe.seed)
+        best, start = tried[0], time.monotonic()
         for number in range(tries):
+            if time.monotonic() - start >= seconds:
+                break
             known = Worth.of(self._costs_by_kind(tried), Tensor([p.expected for p in tried]))
             worth = known.drawn(draw) if number % 2 == tries % 2 else known.mean.exp()
             tried.append(self.measured(self.fit(made.budget, self._weighed(worth))))

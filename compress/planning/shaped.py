@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
@@ -111,10 +112,12 @@ class ShapedPlanner:
                 best = min(best, self.measured(plan), key=lambda plan: plan.expected)
         return best
 
-    def refine(self, made: Plan, tries: int) -> Generator[Event, None, Plan]:
+    def refine(
+        self, made: Plan, tries: int, seconds: float = math.inf
+    ) -> Generator[Event, None, Plan]:
         """The best of all shapes, refined as ``Planner`` does."""
         best = yield from self.best(made.budget)
-        return (yield from self._of(best).refine(best, tries))
+        return (yield from self._of(best).refine(best, tries, seconds))
 
     def frontier(self, count: int) -> Generator[Event, None, list[Plan]]:
         """The best for ``count`` sizes, measured where shapes are near each other."""

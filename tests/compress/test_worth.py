@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 from tiny import save
 
 from compress import recipe as recipes
+from compress.errors import RecipeError
 from compress.events import outcome
 from compress.planning.plan import Plan
 from compress.planning.planner import Planner
 from compress.planning.worth import DOUBT, Worth, kinds
+from compress.sizes import parse_effort
 from compress.source import Source
 
 
@@ -79,3 +82,40 @@ def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) ->
     assert found.measured == planner.measure(found)
     assert found.bytes <= first.budget
     assert found.expected < 0.7 * before + 0.3 * best
+
+
+def test_no_more_is_tried_when_time_is_over(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "model", "LlamaForCausalLM", tiny.LLAMA)
+    recipe = recipes.load_one({
+        "model": folder,
+        "calibration": {"data": text, "samples": 8, "length": 64},
+        "stages": [{"use": "ecgptq", "targets": ["blocks"]}],
+    })  # fmt: skip
+    planner = Skewed(recipe, Source(folder), recipe.stages[0])
+    outcome(planner.look())
+    planner.__dict__["held"] = True
+    first = planner.fit((3 * planner.least + 4 * planner.most) // 7)
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("compress.planning.planner.time.monotonic", lambda: next(clock))
+    assert len(list(planner.refine(first, 12, 35))) == 3
+    assert len(list(planner.refine(first, 2, 1000))) == 2
+    none = planner.refine(first, 12, 0)
+    assert not list(none)
+    assert outcome(planner.refine(first, 12, 0)).settings == first.settings
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("6", (6, math.inf)), ("0", (0, math.inf)), ("90s", (1000, 90)), ("1.5 h", (1000, 5400)),
+     ("10MIN", (1000, 600))],
+)  # fmt: skip
+def test_efforts_are_plans_or_a_time(written: str, meant: tuple[int, float]) -> None:
+    assert parse_effort(written) == meant
+
+
+@pytest.mark.parametrize("written", ["1.5", "soon", "-3", "10m", ""])
+def test_other_efforts_are_refused(written: str) -> None:
+    with pytest.raises(RecipeError, match="a number of plans, or a time"):
+        parse_effort(written)
