@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from compress.rotation import Stream, find_stream, takes_all
 from compress.sensitivity import sensitivities
 from compress.shape import Reshaped, slimmed
 from compress.source import Source
-from compress.store import Blocks, Part, SafetensorsWriter, Store
+from compress.store import Blocks, Part, Store, save_tensors
 from compress.weights import Dense
 from compress.wiring import Probe, same
 
@@ -57,7 +56,8 @@ def slim(
     if not distributed.least(chosen.exists()):
         found = measured(compressor, recipe, source, before, stream)
         if not distributed.rank():
-            _write(chosen, found)
+            zeroed.folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(chosen, found)
         distributed.wait()
     known = load_file(chosen)
     R = known["R"]
@@ -193,11 +193,3 @@ def _random(width: int) -> Tensor:
         width, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
     return torch.linalg.qr(gaussian).Q
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = SafetensorsWriter(path)
-    for name, tensor in tensors.items():
-        writer.add(name, tensor)
-    writer.close()

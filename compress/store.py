@@ -63,10 +63,7 @@ class Store:
         } | part.others
         self.folder.mkdir(parents=True, exist_ok=True)
         header = json.dumps({"specs": specs, "records": part.records})
-        writer = SafetensorsWriter(self.path(number), {"part": header})
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-        writer.close()
+        save_tensors(self.path(number), tensors, {"part": header})
 
     def read(self, number: int) -> Part:
         specs, records = self.header(number)
@@ -146,6 +143,16 @@ class SafetensorsWriter:
             os.fsync(out.fileno())
         draft.replace(self.path)
         self._side.unlink()
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file of what is in memory already, whole or not at all."""
+    writer = SafetensorsWriter(path, metadata)
+    for name, tensor in tensors.items():
+        writer.add(name, tensor)
+    writer.close()
 
 
 def _header(entries: Iterable[tuple[str, str, list[int], int]], metadata: dict[str, str]) -> bytes:

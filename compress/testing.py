@@ -195,6 +195,10 @@ def leaves_something(compressor: Compressor, parameters: dict[str, Any]) -> None
                 abs(kept - wanted) <= max(multiple, 1),
                 f"keeps({count}, {multiple}) is {kept}, far from {wanted:.1f}",
             )
+    _require(
+        compressor.layouts <= {"linear", "conv1d"} or compressor.default_targets == ("all",),
+        "tables are read by no channel of a block, and change with the whole model alone",
+    )
 
 
 def solves_every_matrix(compressor: Compressor, parameters: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from compress.checkpoint import RECORD
 from compress.formats import Shapes, choose, shapes_of
 from compress.recipe import Recipe
 from compress.source import COMPANIONS, INDEX, Source
-from compress.store import Blocks, SafetensorsWriter
+from compress.store import Blocks, SafetensorsWriter, save_tensors
 from compress.weights import Sum, Weight
 
 SHARD = 4 << 30  # bytes of tensors a file holds at most
@@ -199,10 +199,7 @@ class Adapter:
     def close(self, base: str) -> None:
         if not self.tensors:
             return
-        writer = SafetensorsWriter(self.folder / "adapter_model.safetensors")
-        for name, tensor in self.tensors.items():
-            writer.add(name, tensor)
-        writer.close()
+        save_tensors(self.folder / "adapter_model.safetensors", self.tensors)
         config = {
             "peft_type": "LORA",
             "base_model_name_or_path": base,

@@ -92,7 +92,7 @@ class Zero:
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
         }
-        self.optimizer = optimizer
+        self.optimizer, self.linked = optimizer, False
         self.engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -103,6 +103,7 @@ class Zero:
     def step(self) -> None:
         """Clip, move all parameters, and forget the gradients."""
         self.engine.step()
+        self._link()
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
         """What AdamW keeps of a parameter, whole; empty before the first step. All must ask."""
@@ -110,7 +111,6 @@ class Zero:
 
         if not self.optimizer.state:
             return {}
-        self._link()
         found = {key: safe_get_full_optimizer_state(parameter, key) for key in STATES}
         step = next(iter(self.optimizer.state.values()))["step"]  # all parameters have taken it
         return found | {"step": step}
@@ -123,20 +123,29 @@ class Zero:
         safe_set_full_fp32_param(parameter, value.to(parameter.device))
         if not state:
             return
-        for group in self.optimizer.param_groups:
-            for flat in group["params"]:
-                mine = self.optimizer.state[flat]
-                mine["step"] = state["step"].clone()
-                for key in STATES:
-                    mine.setdefault(key, torch.zeros_like(flat))
-        self._link()
+        if not self.linked:
+            self._begin(state["step"])
         for key in STATES:
             safe_set_full_optimizer_state(parameter, state[key].to(parameter.device), key)
 
+    def _begin(self, step: Tensor) -> None:
+        """States of zeros, as if so many steps were taken."""
+        for group in self.optimizer.param_groups:
+            for flat in group["params"]:
+                zeros = {key: torch.zeros_like(flat) for key in STATES}
+                self.optimizer.state[flat] = {"step": step.clone()} | zeros
+        self._link()
+
     def _link(self) -> None:
-        """Tell parameters where their states are; the engine does so too early for some groups."""
+        """Once, when there are states: tell parameters where theirs are.
+
+        The engine does so after its first group's step, when others have none.
+        """
+        if self.linked:
+            return
         from deepspeed.utils import lazy_init_hp_params_optimizer_state
 
+        self.linked = True
         spread = self.engine.optimizer
         for parameters, flat in zip(
             spread.bit16_groups, spread.single_partition_of_fp32_groups, strict=True

@@ -216,13 +216,7 @@ def test_a_killed_run_goes_on_in_the_same_directions(make: Make, tmp_path: Path)
     whole = make(model, HIDDEN, {"use": "rtn", "bits": 8, "group": 32}, name="whole")
     recipe = recipes.load_one(models.record(whole)["recipe"])
     out = tmp_path / "again" / "whole"
-    for label, count in (("hidden", 1), ("hidden", 12), ("rtn", 1)):
-        events = runs.run(recipe, out)
-        for event in events:
-            if event.label == label and event.done == count:
-                break
-        events.close()
-        assert not out.exists()
+    models.killed(recipe, out, ("hidden", 1), ("hidden", 12), ("rtn", 1))
     runs.apply(recipe, out)
     assert models.digests(out) == models.digests(whole)
 

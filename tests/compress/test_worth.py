@@ -61,17 +61,23 @@ class Skewed(Planner):
         return sum(w * cost for w, cost in zip(self.worth, costs, strict=True)), 0.0
 
 
-def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) -> None:
-    """A third of what is to be gained; draws alone find a fifth. Every matrix is its own kind."""
-    folder = save(tmp_path / "model", "LlamaForCausalLM", tiny.LLAMA)
+def skewed(text: str, folder: Path) -> Skewed:
+    """Such a planner, which has looked at a tiny model."""
+    model = save(folder / "model", "LlamaForCausalLM", tiny.LLAMA)
     recipe = recipes.load_one({
-        "model": folder,
+        "model": model,
         "calibration": {"data": text, "samples": 8, "length": 64},
         "stages": [{"use": "ecgptq", "targets": ["blocks"]}],
     })  # fmt: skip
-    planner = Skewed(recipe, Source(folder), recipe.stages[0])
+    planner = Skewed(recipe, Source(model), recipe.stages[0])
     outcome(planner.look())
     planner.__dict__["held"] = True
+    return planner
+
+
+def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) -> None:
+    """A third of what is to be gained; draws alone find a fifth. Every matrix is its own kind."""
+    planner = skewed(text, tmp_path)
     first = planner.fit((3 * planner.least + 4 * planner.most) // 7)
     told = [
         replace(c, costs=c.costs * w) for c, w in zip(planner.choices, planner.worth, strict=True)
@@ -87,15 +93,7 @@ def test_what_costs_more_than_trials_say_is_spared(text: str, tmp_path: Path) ->
 def test_no_more_is_tried_when_time_is_over(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = save(tmp_path / "model", "LlamaForCausalLM", tiny.LLAMA)
-    recipe = recipes.load_one({
-        "model": folder,
-        "calibration": {"data": text, "samples": 8, "length": 64},
-        "stages": [{"use": "ecgptq", "targets": ["blocks"]}],
-    })  # fmt: skip
-    planner = Skewed(recipe, Source(folder), recipe.stages[0])
-    outcome(planner.look())
-    planner.__dict__["held"] = True
+    planner = skewed(text, tmp_path)
     first = planner.fit((3 * planner.least + 4 * planner.most) // 7)
     clock = iter(range(0, 1000, 10))
     monkeypatch.setattr("compress.planning.planner.time.monotonic", lambda: next(clock))

@@ -12,7 +12,9 @@ import torch
 import transformers
 
 import compress
+from compress import run as runs
 from compress.plain_load import observe
+from compress.recipe import Recipe
 from compress.source import DEMO
 from compress.verify import relative_difference
 
@@ -133,6 +135,17 @@ def loaded_difference(folder: Path) -> float:
 
 def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "compression.json").read_text())
+
+
+def killed(recipe: Recipe, out: Path, *moments: tuple[str, int]) -> None:
+    """Apply ``recipe`` again and again, each time until a stage has done so much."""
+    for label, count in moments:
+        events = runs.run(recipe, out)
+        for event in events:
+            if event.label == label and event.done == count:
+                break
+        events.close()
+        assert not out.exists()
 
 
 def digests(folder: Path) -> dict[str, str]:

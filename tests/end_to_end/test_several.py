@@ -55,7 +55,11 @@ STAGES: list[dict[str, Any]] = [
 
 
 def trained(
-    recipe: dict[str, Any], folder: Path, *names: str, die_at: int | None = None
+    recipe: dict[str, Any],
+    folder: Path,
+    *names: str,
+    die_at: int | None = None,
+    patience: int = 300,
 ) -> dict[str, list[float]]:
     """The losses of two processes, by the way in which they share the work."""
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -68,7 +72,7 @@ def trained(
         env=os.environ
         | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
         | ({"DIE_AT": str(die_at)} if die_at else {}),
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=patience,
     )  # fmt: skip
     if die_at:
         assert done.returncode, "it was to be killed"
@@ -117,9 +121,9 @@ def test_deepspeed_trains_what_one_process_does_and_resumes(
         "calibration": {"data": text},
         "stages": [distill, {"use": "rtn", "bits": 3, "group": 32, "targets": ["q_proj"]}, tune],
     }
-    trained(recipe, tmp_path, "zero-2-killed", die_at=25)
+    trained(recipe, tmp_path, "zero-2-killed", die_at=25, patience=600)
     assert not (tmp_path / "zero-2-killed").exists()
-    found = trained(recipe, tmp_path, "zero-1", "zero-2", "zero-2-killed")
+    found = trained(recipe, tmp_path, "zero-1", "zero-2", "zero-2-killed", patience=600)
     expected = alone(recipe, tmp_path)
     assert len(expected) == 49
     for name, losses in found.items():

@@ -172,13 +172,7 @@ def test_a_killed_run_goes_on_with_the_smaller_model(
         }
     )
     out = tmp_path / "result" / "whole"
-    for label, count in (("depth", 1), ("width", 1), ("rtn", 2)):
-        events = runs.run(recipe, out)
-        for event in events:
-            if event.label == label and event.done == count:
-                break
-        events.close()
-        assert not out.exists()
+    models.killed(recipe, out, ("depth", 1), ("width", 1), ("rtn", 2))
     runs.apply(recipe, out)
     assert models.digests(out) == models.digests(whole)
 
