@@ -251,6 +251,7 @@ def model_card(info: dict[str, Any]) -> str:
     stages = info["summary"] or "no compression"
     remote = ", trust_remote_code=True" if info["storage"] == "modelling file" else ""
     auto = info["expected"]["auto_class"]
+    prompts = " AutoTokenizer asks unless it is told so, too." if remote else ""
     link = f"base_model: {base['model']}\n" if not base["model"].startswith(("/", "demo")) else ""
     kind = "base_model_relation: quantized\n" if link and _quantizes(info) else ""
     lines = [
@@ -260,7 +261,7 @@ def model_card(info: dict[str, Any]) -> str:
         f"where the original has {sizes['original']:,} "
         f"({sizes['disk'] / sizes['original']:.1%}).\n",
         "## Load\n",
-        f"Needs {info['loads_with']}.\n",
+        f"Needs {info['loads_with']}.{prompts}\n",
         f"```python\nfrom transformers import {auto}\n"
         f"model = {auto}.from_pretrained('this/folder'{remote})\n```\n",
         "## How it was made\n",

@@ -146,6 +146,8 @@ def test_widths_that_no_group_divides(
     model = source("llama", hidden_size=48, intermediate_size=88)
     folder = apply(model, [stage])
     assert models.record(folder)["storage"] == storage
+    remote = storage == "modelling file"
+    assert ("AutoTokenizer asks" in (folder / "README.md").read_text()) == remote
     check_in_memory(folder, model, stage)
 
 
