@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: install demo test check clean
 install: $(VENV)/installed

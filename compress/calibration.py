@@ -22,7 +22,8 @@ from compress.objective import examples, family, window_length
 from compress.recipe import Recipe, Stage
 from compress.source import Source, read_config, resolve
 
-TOKENS = 2048  # in one forward pass: few enough for the processor's cache
+TOKENS = 512, 2048  # in one forward pass, at least and at most
+BYTES = 3 << 19  # of its widest tensor: few enough for the processor's cache, and for few new pages
 READERS = (CalibratedCompressor, ScalingCompressor, StructureCompressor)  # they look at activations
 
 
@@ -56,7 +57,7 @@ def text(recipe: Recipe, source: Source, samples: int, length: int | None) -> Wi
 def forward_passes(
     recipe: Recipe, source: Source, *, shared: bool = True
 ) -> list[Callable[[nn.Module], Any]]:
-    """This process' share of the calibration text, in passes of about ``TOKENS`` tokens.
+    """This process' share of the calibration text, in passes of 512 to 2,048 tokens.
 
     All of it if it is not ``shared``: what one process does for all needs the whole text.
     """
@@ -74,7 +75,11 @@ def forward_passes(
         mine = mine[distributed.rank() :: distributed.size()]
     if not mine:
         raise DataError(f"{recipe.data}: {len(asked)} windows for {distributed.size()} processes")
-    size = max(1, TOKENS // read.tokens.shape[1])
+    inner = [s for s in source.anatomy.sites if s.layout != "embedding" and s.role != "head"]
+    widest = max((max(site.shape) for site in inner), default=1)
+    least, most = TOKENS
+    count = min(most, max(least, BYTES // (widest * source.dtype.itemsize)))
+    size = max(1, count // read.tokens.shape[1])
 
     def forward(rows: Tensor) -> Callable[[nn.Module], Any]:
         inputs = {name: ids[rows] for name, ids in asked.inputs.items()}

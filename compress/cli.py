@@ -7,6 +7,7 @@ output, one JSON object a line; progress and errors go to standard error.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -14,8 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-# Threads that wait should sleep: on a busy machine spinning ones slow a model down tens of times.
+# Waiting threads soon sleep, or busy machines are tens of times slower; not at once (GNU OpenMP).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer
@@ -363,6 +365,7 @@ def _evaluate(
 
 def main() -> None:
     """Entry point: CompressError becomes one line and its exit code."""
+    gc.set_threshold(20_000)  # imports make much that stays; looking for garbage in it takes long
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(standalone_mode=False)

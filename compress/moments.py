@@ -142,7 +142,8 @@ def gathered(
     H, mean = torch.zeros(width, width), torch.zeros(width)
     change, shift = torch.zeros(width, width), torch.zeros(width)
     tokens, paired = 0, True
-    room = torch.empty(0)  # for each batch in float32, in turn
+    room = difference = torch.empty(0)  # for each batch in turn: pages that are new take time
+    product = torch.empty(0)
     for number, (inputs, *others) in batches:
         assert inputs is not None
         read = inputs.reshape(-1, width)
@@ -160,10 +161,17 @@ def gathered(
         if original is None or original.shape != inputs.shape:
             paired = False
         elif paired:
-            ahead = original.reshape(-1, width) - read
-            with fast_products():
-                change += read.T @ ahead if count is None else weighted.T @ ahead.float()
-            shift += (ahead.float() if count is None else ahead * count).sum(0)
+            if len(difference) < len(read):
+                difference, product = torch.empty_like(read), read.new_empty(width, width)
+            ahead = difference[: len(read)]
+            torch.sub(original.reshape(-1, width), read, out=ahead)
+            if count is None:
+                with fast_products():
+                    change += torch.mm(read.T, ahead, out=product)
+                shift += x.copy_(ahead).sum(0)
+            else:
+                change += weighted.T @ x.copy_(ahead)
+                shift += x.mul_(count).sum(0)
     paired = bool(distributed.least(paired))
     tokens = max(1, int(distributed.total(torch.tensor(tokens))))
     H = H.triu() + H.triu(1).T

@@ -86,7 +86,7 @@ def test_the_pass_is_what_a_slow_one_finds(
     family: str, propagate: float, apply: Apply, source: Make, text: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(calibration, "TOKENS", 4096)  # one batch: sums in one order
+    monkeypatch.setattr(calibration, "TOKENS", (4096, 4096))  # one batch: sums in one order
     model = source(family)
     stage = {**GPTQ, "propagate": propagate}
     folder = apply(model, [stage], calibrated=True)

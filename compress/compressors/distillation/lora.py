@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from peft import LoraConfig, inject_adapter_in_model
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -32,6 +31,8 @@ class LoRA(Recovery):
         return "dense" if kind == "dense" else "sum"
 
     def trained(self, run: TrainingRun) -> list[Tensor]:
+        from peft import LoraConfig, inject_adapter_in_model  # a second of imports
+
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,  # type: ignore[arg-type]  # a number, whatever the hint says
