@@ -80,6 +80,21 @@ def _inputs(model: nn.Module, name: str, forwards: list[Any]) -> Tensor | None:
     return torch.cat(seen) if seen else None
 
 
+def test_a_pass_of_wide_layers_takes_fewer_windows(
+    source: Make, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Source(source("llama"))
+    wanted = {"data": text, "samples": 16, "length": 16}
+    recipe = recipes.load_one({"model": str(model.folder), "calibration": wanted, "stages": [GPTQ]})
+    widest = max(max(site.shape) for site in model.anatomy.sites if site.role == "down_proj")
+    monkeypatch.setattr(calibration, "TOKENS", (32, 128))
+    passes = {}
+    for tokens in (8, 64, 1024):
+        monkeypatch.setattr(calibration, "BYTES", tokens * widest * model.dtype.itemsize)
+        passes[tokens] = len(calibration.forward_passes(recipe, model))
+    assert passes == {8: 8, 64: 4, 1024: 2}
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
 @pytest.mark.parametrize("propagate", [0.0, 0.5])
 def test_the_pass_is_what_a_slow_one_finds(
