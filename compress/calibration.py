@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import distributed
+from compress.anatomy import matches
 from compress.checkpoint import load_tokenizer
 from compress.compressors.base import (
     CalibratedCompressor,
@@ -57,7 +58,7 @@ def text(recipe: Recipe, source: Source, samples: int, length: int | None) -> Wi
 def forward_passes(
     recipe: Recipe, source: Source, *, shared: bool = True
 ) -> list[Callable[[nn.Module], Any]]:
-    """This process' share of the calibration text, in passes of 512 to 2,048 tokens.
+    """This process' share of the calibration text, in passes of ``TOKENS``, fewer of wide layers.
 
     All of it if it is not ``shared``: what one process does for all needs the whole text.
     """
@@ -75,7 +76,7 @@ def forward_passes(
         mine = mine[distributed.rank() :: distributed.size()]
     if not mine:
         raise DataError(f"{recipe.data}: {len(asked)} windows for {distributed.size()} processes")
-    inner = [s for s in source.anatomy.sites if s.layout != "embedding" and s.role != "head"]
+    inner = [site for site in source.anatomy.sites if matches(site, "blocks")]
     widest = max((max(site.shape) for site in inner), default=1)
     least, most = TOKENS
     count = min(most, max(least, BYTES // (widest * source.dtype.itemsize)))

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-# Waiting threads soon sleep, or busy machines are tens of times slower; not at once (GNU OpenMP).
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "OMP_WAIT_POLICY" not in os.environ:  # spinning threads make busy machines tens of times slower
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but to wake takes long (GNU OpenMP)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import typer

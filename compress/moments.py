@@ -143,7 +143,6 @@ def gathered(
     change, shift = torch.zeros(width, width), torch.zeros(width)
     tokens, paired = 0, True
     room = difference = torch.empty(0)  # for each batch in turn: pages that are new take time
-    product = torch.empty(0)
     for number, (inputs, *others) in batches:
         assert inputs is not None
         read = inputs.reshape(-1, width)
@@ -162,12 +161,12 @@ def gathered(
             paired = False
         elif paired:
             if len(difference) < len(read):
-                difference, product = torch.empty_like(read), read.new_empty(width, width)
+                difference = torch.empty_like(read)
             ahead = difference[: len(read)]
             torch.sub(original.reshape(-1, width), read, out=ahead)
             if count is None:
                 with fast_products():
-                    change += torch.mm(read.T, ahead, out=product)
+                    change += read.T @ ahead
                 shift += x.copy_(ahead).sum(0)
             else:
                 change += weighted.T @ x.copy_(ahead)

@@ -197,12 +197,13 @@ def _said(setting: Setting, stage: dict[str, Any]) -> dict[str, Any]:
 
 
 def _environment(job: Job) -> dict[str, str]:
-    """Of several threads none sleeps while it waits: they would wake too slowly."""
+    """Threads wait as those of our command line do: for all toolkits alike."""
     threads = str(job.threads)
     return {
         **os.environ,
         "OMP_NUM_THREADS": threads,
-        "OMP_WAIT_POLICY": "PASSIVE" if job.threads == 1 else "ACTIVE",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
