@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from compress.memory import give_back
+
 SMALL = 1 << 16  # bytes of a storage that is not worth a file
+FREED = 1 << 25  # bytes put on disk until what is free goes back to the system, which takes time
 
 
 @dataclass
@@ -41,7 +44,7 @@ class Offload:
     def __init__(self, models: Sequence[nn.Module], folder: Path, limit: int) -> None:
         self.models, self.folder, self.limit = models, folder, limit
         self.passes: dict[Hashable, _Held] = {}
-        self.total = 0
+        self.total = self.freed = 0
 
     @contextmanager
     def running(self, key: Hashable) -> Iterator[None]:
@@ -60,6 +63,9 @@ class Offload:
             weights = self._weights()
             self._put(held, [s for pointer, s in storages.items() if pointer not in weights])
             held.nbytes = 0
+            if self.freed > FREED:  # holes where small tensors were would add up, pass by pass
+                give_back()
+                self.freed = 0
         self.total += held.nbytes
 
     @contextmanager
@@ -99,6 +105,7 @@ class Offload:
         held.file.seek(0)
         for storage in storages:
             held.away.append((storage, storage.nbytes()))
+            self.freed += storage.nbytes()
             _write(held.file, storage)
             storage.resize_(0)
 
