@@ -313,17 +313,14 @@ def _compress_all(variants: dict[str, Recipe], out: Path, quiet: bool) -> list[s
     """One checkpoint folder a variant; those that are there already are kept."""
     from compress import run as runs
     from compress.planning.goals import resolved
-    from compress.source import Source
+    from compress.preflight import check_variants
     from compress.verify import Verifier
 
-    sources: dict[tuple[str, bool], Source] = {}
+    sources = check_variants(variants)
     folders = []
     with Verifier() as verifier:
         for name, recipe in variants.items():
-            key = (recipe.model, recipe.untie)
-            if key not in sources:
-                sources[key] = Source(recipe.model, untie=recipe.untie)
-            source, folder = sources[key], out / name
+            source, folder = sources[name], out / name
             recipe = follow(resolved(recipe, source), name, quiet)
             folders.append(str(folder))
             if runs.is_done(recipe, source, folder):

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from compress.anatomy import Anatomy
-from compress.compressors.base import StructureCompressor, TransformCompressor
-from compress.errors import RecipeError
+from compress.compressors.base import (
+    RotationCompressor,
+    StructureCompressor,
+    TransformCompressor,
+)
+from compress.compressors.structure.hidden import Hidden
+from compress.errors import ModelError, RecipeError
 from compress.recipe import Stage
 
 
@@ -19,6 +24,7 @@ def check_order(
 
     Raises:
         RecipeError: a stage takes a site whose weight is of a kind that it cannot start from.
+        ModelError: a stage would turn a table that is embedding and head at once.
     """
     kinds = {site.name: "dense" for site in anatomy.sites}
     last = {site.name: "the original model" for site in anatomy.sites}
@@ -30,6 +36,8 @@ def check_order(
                 "matrices than the original model's that it restores"
             )
         chosen = stage.sites(anatomy)
+        if isinstance(stage.compressor, (RotationCompressor, Hidden)):
+            check_untied(anatomy)
         if isinstance(stage.compressor, (TransformCompressor, StructureCompressor)):
             changed = f"stages.{number} ({stage.use})"
         if isinstance(stage.compressor, StructureCompressor):
@@ -50,3 +58,17 @@ def check_order(
             anatomy = after[number]
             kinds = {site.name: kinds.get(site.name, "dense") for site in anatomy.sites}
     return kinds
+
+
+def check_untied(anatomy: Anatomy) -> None:
+    """Refuse to turn a table that is embedding and head at once.
+
+    Raises:
+        ModelError: with the names of both.
+    """
+    for site in anatomy.sites:
+        if site.aliases:
+            raise ModelError(
+                f"{site.aliases[0]} reads the table of {site.name}, and a rotation gives the two "
+                "different ones; set untie: true in the recipe"
+            )

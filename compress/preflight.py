@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.anatomy import Site
-from compress.calibration import calibrates
+from compress.calibration import calibrates, check_text
 from compress.compressors.base import LayerCompressor, Shape, TrainingCompressor
 from compress.compressors.structure.depth import Depth
 from compress.compressors.structure.hidden import Hidden
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, CompressError
 from compress.objective import window_length
 from compress.order import check_order
 from compress.recipe import Recipe
@@ -48,6 +48,7 @@ def preflight(recipe: Recipe, source: Source) -> Preflight:
     Raises:
         RecipeError: a pattern matches nothing, a stage cannot follow another, or the launcher is
             not one that training runs under.
+        ModelError: a stage cannot take this model.
     """
     training = [s.compressor for s in recipe.stages if isinstance(s.compressor, TrainingCompressor)]
     if training:
@@ -136,6 +137,27 @@ def _disk(recipe: Recipe, whole: int, after: int) -> int:
     work = min(len(recipe.stages), 2) * whole
     training = [s.compressor for s in recipe.stages if isinstance(s.compressor, TrainingCompressor)]
     return after + work + (10 * whole if training else 0) + sum(c.disk() for c in training)
+
+
+def check_variants(variants: dict[str, Recipe]) -> dict[str, Source]:
+    """Check all recipes before the first is applied; returns the model of each, opened once.
+
+    Raises:
+        CompressError: as ``preflight`` and ``check_text`` do, after the name of the variant.
+    """
+    opened: dict[tuple[str, bool], Source] = {}
+    found = {}
+    for name, recipe in variants.items():
+        key = (recipe.model, recipe.untie)
+        if key not in opened:
+            opened[key] = Source(recipe.model, untie=recipe.untie)
+        try:
+            preflight(recipe, opened[key])
+            check_text(recipe, opened[key])
+        except CompressError as error:
+            raise type(error)(f"{name}: {error}") from error
+        found[name] = opened[key]
+    return found
 
 
 def check_output(out: Path, *, overwrite: bool = False, file: bool = False) -> None:

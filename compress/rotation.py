@@ -18,6 +18,7 @@ from torch import Tensor
 
 from compress.errors import ModelError, RecipeError
 from compress.heads import Head, find_heads
+from compress.order import check_untied
 from compress.recipe import Stage
 from compress.source import Source
 from compress.store import Part
@@ -95,12 +96,7 @@ def find_stream(source: Source, rotation: Rotation, *, heads: bool) -> Stream:
     name = source.model_class.__name__
     sites = source.anatomy.sites
     R = rotation(width(source))
-    tied = next((site for site in sites if site.aliases), None)
-    if tied is not None:
-        raise ModelError(
-            f"{name}: {tied.aliases[0]} reads the table of {tied.name}, and a rotation gives the "
-            "two different ones; set untie: true in the recipe"
-        )
+    check_untied(source.anatomy)
     wires = find_wires(source)
     norms = [tuple(wire for wire in here if wire.site is None) for here in wires]
     readers = {reader.name for here in norms for wire in here for reader in wire.readers}

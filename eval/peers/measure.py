@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress import registry
-from compress.anatomy import select
+from compress.anatomy import Site, select
 from compress.checkpoint import load_tokenizer, resolve
 from compress.data import windows
 from compress.errors import CompressError, RecipeError
@@ -83,10 +84,9 @@ def run(job: Job, home: Path) -> Row:
     source = Source(job.model)
     anatomy = source.anatomy
     blocks = select(anatomy.sites, ["blocks"], [], None, anatomy.layers)
-    modules = [site.name for site in blocks]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        (out / "job.json").write_text(json.dumps(_wanted(job, out, toolkit.adapter, modules)))
+        (out / "job.json").write_text(json.dumps(_wanted(job, out, toolkit.adapter, blocks)))
         done = subprocess.run(
             [interpreter, "-I", CHILD, out / "job.json"],
             capture_output=True, text=True, cwd=folder, env=_environment(job),
@@ -96,7 +96,7 @@ def run(job: Job, home: Path) -> Row:
             return Row(job, error=(lines or ["it was killed"])[-1][:300])
         answer = json.loads((out / "answer.json").read_text())
         touched = changed(source.files, out / "dense" / "model.safetensors")
-        stray = sorted(touched - {f"{module}.weight" for module in modules})
+        stray = sorted(touched - {f"{site.name}.weight" for site in blocks})
         if stray:
             return Row(job, error=f"it changed {stray[0]}, which is in no block")
         return Row(
@@ -104,7 +104,7 @@ def run(job: Job, home: Path) -> Row:
             samples=nll(str(out / "dense"), job.text),
             bytes=sum(f.stat().st_size for kind in WEIGHTS for f in (out / "packed").rglob(kind)),
             matrices=answer["matrix_bytes"],
-            skipped=len(modules) - len(touched),
+            skipped=len(blocks) - len(touched),
             seconds=answer["seconds"],
             cpu_seconds=answer["cpu_seconds"],
             memory=answer["resident_peak"] - answer["resident_imported"],
@@ -150,7 +150,7 @@ def known(methods: Iterable[Method]) -> tuple[list[Method], list[str]]:
     return there, missing
 
 
-def _wanted(job: Job, out: Path, adapter: Path, modules: list[str]) -> dict[str, Any]:
+def _wanted(job: Job, out: Path, adapter: Path, sites: Sequence[Site]) -> dict[str, Any]:
     """What the child is told, beside files that it finds in ``out``."""
     model = resolve(job.model)
     tokens = windows(
@@ -164,12 +164,13 @@ def _wanted(job: Job, out: Path, adapter: Path, modules: list[str]) -> dict[str,
     save_file({"tokens": tokens}, out / "tokens.safetensors")
     options = dict(job.method.options)
     if job.method.toolkit == OURS:
-        options["stages"] = [stage | _said(job.setting, stage) for stage in options["stages"]]
+        shapes = [site.shape for site in sites]
+        options["stages"] = [s | _said(job.setting, s, shapes) for s in options["stages"]]
     return {
         "adapter": str(adapter),
         "out": str(out),
         "model": str(model),
-        "modules": modules,
+        "modules": [site.name for site in sites],
         "tokens": str(out / "tokens.safetensors"),
         "method": job.method.method,
         "options": options,
@@ -181,18 +182,22 @@ def _wanted(job: Job, out: Path, adapter: Path, modules: list[str]) -> dict[str,
     }
 
 
-def _said(setting: Setting, stage: dict[str, Any]) -> dict[str, Any]:
+def _said(
+    setting: Setting, stage: dict[str, Any], shapes: Sequence[tuple[int, ...]]
+) -> dict[str, Any]:
     """A setting in the words of a recipe, as far as this stage has them.
 
-    Bits without groups are those of the file: as many as codes and 16-bit scales take elsewhere.
+    Bits without groups are those of the file: as many as codes and 16-bit scales of matrices of
+    these ``shapes`` [out, in] take elsewhere.
     """
     fields = registry.get(stage["use"]).model_fields
     words: dict[str, Any] = {"bits": setting.bits, "group": setting.group or "channel"}
     if setting.bits is None:
         share = {"sparsity": setting.sparsity}
         words = {"pattern": setting.pattern} if setting.pattern else share
-    elif "group" not in fields and setting.group:
-        words["bits"] = setting.bits + 16 / setting.group
+    elif "group" not in fields:
+        scales = sum(rows * math.ceil(width / (setting.group or width)) for rows, width in shapes)
+        words["bits"] = setting.bits + 16 * scales / sum(map(math.prod, shapes))
     return {k: v for k, v in words.items() if k in fields}
 
 

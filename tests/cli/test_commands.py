@@ -92,6 +92,25 @@ def test_run_again_after_a_change(done: Path, comparison: Path, compress: Run) -
 
 
 @pytest.mark.parametrize(
+    ("last", "code", "message"),
+    [
+        ([{"use": "rtn", "targets": ["nothing*"]}], 2, "last: 'nothing*' matches no weight"),
+        ([{"use": "hadamard"}], 3, "last: lm_head reads the table of model.embed_tokens"),
+        ([{"use": "distill", "length": 10_000}], 4, "last: "),
+    ],
+)
+def test_run_checks_all_variants_before_the_first(
+    last: list[dict[str, Any]], code: int, message: str, compress: Run, tmp_path: Path
+) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(yaml.safe_dump({**SHARED, "variants": {"dense": [], "last": last}}))
+    answer = compress("run", path, "--model", "demo", "--out", tmp_path / "runs")
+    assert answer.code == code
+    assert message in answer.err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
     "stage",
     [
         {"use": "rtn"},

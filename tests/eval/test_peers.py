@@ -8,6 +8,7 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -302,13 +303,17 @@ def test_rows_come_back_from_their_file(tmp_path: Path) -> None:
 def test_every_stage_is_told_what_it_takes_of_a_setting(job: Job, tmp_path: Path) -> None:
     def stages(name: str, setting: Setting) -> list[dict[str, Any]]:
         method = next(m for m in RECIPES if m.name == name)
-        told = measure._wanted(replace(job, method=method, setting=setting), tmp_path, Path(), [])
+        sites: Any = [SimpleNamespace(name="a", shape=(8, 64)),
+                      SimpleNamespace(name="b", shape=(8, 256))]  # fmt: skip
+        told = measure._wanted(
+            replace(job, method=method, setting=setting), tmp_path, Path(), sites
+        )
         return told["options"]["stages"]
 
     four = {"bits": 3, "group": "channel"}
     assert stages("awq", Setting(3)) == [{"use": "awq"} | four, {"use": "rtn"} | four]
     assert stages("gptq, autoround", Setting(3)) == [{"use": "gptq"} | four, {"use": "autoround"}]
-    assert stages("ecgptq", Setting(3)) == [{"use": "ecgptq", "bits": 3}]
+    assert stages("ecgptq", Setting(3)) == [{"use": "ecgptq", "bits": 3.1}]
     assert stages("ecgptq", Setting(3, 64)) == [{"use": "ecgptq", "bits": 3.25}]
     assert stages("nf4", Setting(4, 64)) == [{"use": "nf4", "group": 64}]
     assert stages("admm", PRUNING[1]) == [{"use": "admm", "pattern": "2:4"}]
