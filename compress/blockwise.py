@@ -92,11 +92,23 @@ def removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
 
 
 @contextmanager
-def rounded_inputs(model: nn.Module, specs: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Sites whose spec says so round what they read, as they will when the model is loaded."""
+def rounded_inputs(
+    model: nn.Module, specs: dict[str, dict[str, Any]], *, flat_together: bool = False
+) -> Iterator[None]:
+    """Sites whose spec says so round what they read, as they will when the model is loaded.
+
+    ``flat_together``: inputs [tokens, in], as OPT's MLPs read them, share one scale, as they do
+    where compressed-tensors 0.19 runs the model in transformers. vLLM gives each token its own.
+    """
 
     def rounds(numbers: int | str) -> Callable[..., Any]:
-        return lambda _, args: (round_tokens(args[0], numbers), *args[1:])
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x, *rest = args
+            if flat_together and x.dim() == 2:
+                return round_tokens(x.flatten(), numbers).view_as(x), *rest
+            return round_tokens(x, numbers), *rest
+
+        return hook
 
     handles = [
         model.get_submodule(name).register_forward_pre_hook(rounds(spec["activations"]))

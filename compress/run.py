@@ -30,7 +30,7 @@ from compress.compressors.base import (
 )
 from compress.errors import CheckpointError, DataError
 from compress.events import Event, outcome
-from compress.formats import auto_classes
+from compress.formats import CompressedTensors, auto_classes
 from compress.layerwise import solve
 from compress.plain_load import observe
 from compress.planning.goals import resolved
@@ -103,7 +103,9 @@ def run(
         yield Event("check", 0, 2)
         reports = [reported(work, number) for number in range(len(recipe.stages))]
         writer = Writer(model, before, recipe, work / "draft")
-        info = writer.write(name or out.name, expect(model, before, recipe), reports)
+        flat = isinstance(writer.format, CompressedTensors)
+        expected = expect(model, before, flat_together=flat)
+        info = writer.write(name or out.name, expected, reports)
         yield Event("check", 1, 2)
         checked = checker.check(work / "draft") if checker else {}
         place(work / "draft", out)
@@ -256,8 +258,11 @@ def _in_thread(work: Any, events: list[Event]) -> Generator[Event, None, Any]:
         return future.result()
 
 
-def expect(source: Source, store: Blocks, recipe: Recipe) -> dict[str, Any]:
-    """What the compressed model puts out for a small probe, run block by block from ``store``."""
+def expect(source: Source, store: Blocks, *, flat_together: bool) -> dict[str, Any]:
+    """What the compressed model puts out for a small probe, run block by block from ``store``.
+
+    ``flat_together``: see ``rounded_inputs``.
+    """
     skeleton = source.new_skeleton()
     inputs = probe_inputs(skeleton)
     dtype = getattr(source.config, "dtype", None) or source.dtype
@@ -266,7 +271,7 @@ def expect(source: Source, store: Blocks, recipe: Recipe) -> dict[str, Any]:
         specs |= store.header(number)[0]
     with (
         streamed(skeleton, source.anatomy, store.read, dtype) as model,
-        rounded_inputs(model, specs),
+        rounded_inputs(model, specs, flat_together=flat_together),
     ):
         logits = observe(model, inputs)
     return {

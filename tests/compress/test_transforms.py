@@ -222,9 +222,9 @@ def test_outliers_are_what_they_help_against(apply: Apply, tmp_path: Path) -> No
     assert wrong(*AWQ_RTN) < 0.9 * rtn
 
 
-@pytest.mark.parametrize("family", ["gpt2", "t5", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "t5", "llama", "opt"])
 def test_w8a8_loads_as_it_was_in_memory(family: str, verifier: Verifier, tmp_path: Path) -> None:
-    """compressed-tensors rounds inputs, and so does the modelling file that Conv1D needs."""
+    """compressed-tensors rounds inputs, those of OPT's MLPs as one; so does the modelling file."""
     model = models.save(tmp_path / "model", family)
     model = plant(model) if family == "llama" else model
     recipe = recipes.load_one({"model": str(model), "stages": [{"use": "w8a8"}]})
