@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -25,7 +24,7 @@ from compress import recipe as recipes
 from compress import run as runs
 from compress.compressors.quantization import packed
 from compress.compressors.quantization.grid import Grid
-from eval.compare import paired
+from eval.benchmarks.budget_rows import loss, over_seeds
 from eval.harness import evaluate
 from eval.results import Result
 
@@ -95,10 +94,9 @@ def main() -> None:
                     rows[key] = nll(f"{folder}/out", options.data).samples
                 with file.open("a") as stream:
                     stream.write(json.dumps([key, rows[key]]) + "\n")
-            seeds = [rows[options.model, options.group, name, bits, s] for s in options.seeds]
-            mean = [statistics.fmean(window) for window in zip(*seeds, strict=True)]
-            loss = paired(original.model_copy(update={"samples": mean}), original)
-            cells.append(f"{loss.mean:.4f} ± {loss.stderr:.4f}")
+            keys = [(options.model, options.group, name, bits, seed) for seed in options.seeds]
+            found = [original.model_copy(update={"samples": rows[key]}) for key in keys]
+            cells.append(loss(over_seeds(found), original))
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 

@@ -114,7 +114,7 @@ def table(bench: Bench, uniform: Sequence[str]) -> str:
         for percent in SIZES:
             rows = rows_of(bench, percent, name)
             few = f" ({len(rows)})" if len(rows) < len(bench.seeds) else ""
-            cells.append(loss(over_seeds(rows), bench.original) + few if rows else "")
+            cells.append(loss(nll_of(rows), bench.original) + few if rows else "")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     for name in (name for name in names if name.startswith("plan")):
         cells = []
@@ -123,8 +123,8 @@ def table(bench: Bench, uniform: Sequence[str]) -> str:
             if not own or not best:
                 cells.append("")
                 continue
-            over = [paired(over_seeds(rows), bench.original).mean for rows in (own, best)]
-            cells.append(f"{loss(over_seeds(own), over_seeds(best))}, "
+            over = [paired(nll_of(rows), bench.original).mean for rows in (own, best)]
+            cells.append(f"{loss(nll_of(own), nll_of(best))}, "
                          f"{over[0] / over[1]:.2f} × {best[0].name}")  # fmt: skip
         lines.append(f"| {name} − best uniform | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -141,10 +141,14 @@ def best_of(bench: Bench, percent: int, names: Sequence[str]) -> list[Row]:
     return min(whole, key=lambda rows: sum(row.nll.value or 0 for row in rows), default=[])
 
 
-def over_seeds(rows: Sequence[Row]) -> Result:
+def nll_of(rows: Sequence[Row]) -> Result:
+    return over_seeds([row.nll for row in rows])
+
+
+def over_seeds(results: Sequence[Result]) -> Result:
     """The mean of every window."""
-    columns = zip(*(row.nll.samples for row in rows), strict=True)
-    return rows[0].nll.model_copy(update={"samples": [statistics.fmean(c) for c in columns]})
+    columns = zip(*(result.samples for result in results), strict=True)
+    return results[0].model_copy(update={"samples": [statistics.fmean(c) for c in columns]})
 
 
 def loss(one: Result, other: Result) -> str:

@@ -1,7 +1,7 @@
 """A Llama of random weights with the demo model's tokenizer, of any size, for timings.
 
-python -m eval.benchmarks.random_llama runs/llama-512 --width 512 --blocks 4
-python -m eval.peers --model runs/llama-512 --methods gptq --bits 4
+    python -m eval.benchmarks.random_llama runs/llama-512 --width 512 --blocks 4
+    python -m eval.peers --model runs/llama-512 --methods gptq --bits 4
 """
 
 from __future__ import annotations
