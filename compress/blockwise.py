@@ -257,7 +257,8 @@ def stops(
                     break
                 go_on(key)
         here = [key for key in keys if waiting.get(key, ("",))[0] == name]
-        with offload.there([(0, number), *here]) if offload else nullcontext():
+        read = [waiting[key][1] for key in [(0, number), *here]]
+        with offload.there(read) if offload else nullcontext():
             yield [waiting[key][1] if key in here else None for key in keys]
         for key in here:
             if offload and name != names[-1] and lighter.get(name, True):

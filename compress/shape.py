@@ -91,9 +91,8 @@ class Reshaped(Source):
         return self._original.hash
 
     def headers(self) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
-        shapes = self.skeleton.state_dict()
         for name, dtype in self._stored.items():
-            yield name, shapes[name].shape, dtype
+            yield name, self._shapes[name], dtype
 
 
 def renamed(name: str, block: Block, other: Block) -> str:

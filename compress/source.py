@@ -252,23 +252,26 @@ class Source:
         if name in dict(self.skeleton.named_parameters()):
             raise ModelError(f"{self.folder}: the checkpoint has no tensor for {name}")
 
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in self.skeleton.state_dict().items()}
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, in the dtype it is stored in.
 
         Raises:
             ModelError: unreadable, not finite, or of another shape than the model's.
         """
-        expected = self.skeleton.state_dict()[name]
         if name not in self._place:
-            return expected
+            return self.skeleton.state_dict()[name]
         file, key = self._place[name]
         try:
             tensor = open_file(file).get_tensor(key)
         except SafetensorError as error:
             raise ModelError(f"{file}: cannot read {key} ({error})") from error
-        if tensor.shape != expected.shape:
+        if tensor.shape != (expected := self._shapes[name]):
             raise ModelError(
-                f"{file}: {key} is {list(tensor.shape)}, the config asks for {list(expected.shape)}"
+                f"{file}: {key} is {list(tensor.shape)}, the config asks for {list(expected)}"
             )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ModelError(f"{file}: {key} holds NaN or infinite values")
@@ -319,8 +322,9 @@ class Source:
 
     def headers(self) -> Iterator[tuple[str, torch.Size, torch.dtype]]:
         """Name, shape and dtype of every tensor of the model, without reading any."""
+        opened = {file: open_file(file) for file in {file for file, _ in self._place.values()}}
         for name, (file, key) in self._place.items():
-            piece = open_file(file).get_slice(key)
+            piece = opened[file].get_slice(key)
             yield name, torch.Size(piece.get_shape()), _DTYPES[piece.get_dtype()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,63 @@ def test_what_waits_is_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyP
             assert all(y.untyped_storage().nbytes() == 0 for y in others)
     assert model.shared.untyped_storage().nbytes() == SMALL
     assert all(p.untyped_storage().nbytes() for p in model.parameters())
+
+
+def test_only_what_is_read_comes_back(tmp_path: Path) -> None:
+    offload = Offload([], tmp_path, 0)
+    with offload.running("one"):
+        added, joined, named, left = (torch.full((SMALL,), float(n)) for n in range(4))
+    unread, read = left.untyped_storage(), joined.untyped_storage()
+    for _ in range(3):
+        with offload.running("one"):
+            added += 1
+            torch.cat([joined, joined[:2]])
+            torch.add(1, other=named)
+            assert (unread.nbytes(), read.nbytes()) == (0, 4 * SMALL)
+    with offload.there([left, added]):
+        assert left.eq(3).all()
+        assert added.eq(3).all()
+    assert offload.file.end == 4 * 4 * SMALL, "places are used again"
+    with offload.running("one"):
+        assert added.eq(3).all()
+        assert joined.eq(1).all()
+    offload.close()
+
+
+def test_passes_may_share_what_one_of_them_made(tmp_path: Path) -> None:
+    """As models do that keep a mask from one call to the next."""
+    offload = Offload([], tmp_path, 0)
+    with offload.running("one"):
+        kept = torch.ones(SMALL)
+    with offload.running("two"):
+        own = kept + 1
+        kept += 1
+    del kept
+    with offload.running("three"):
+        other = torch.full((SMALL,), 3.0)
+    with offload.running("one"):
+        pass
+    with offload.running("two"):
+        assert own.eq(2).all()
+    with offload.running("three"):
+        assert other.eq(3).all()
+    offload.close()
+
+
+def test_scripted_functions_read_unseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scripted(nn.Module): ...
+
+    monkeypatch.setattr(sys.modules[__name__], "twice", torch.jit.script(_twice), raising=False)
+    offload = Offload([Scripted()], tmp_path, 0)
+    with offload.running("one"):
+        tensor = torch.ones(SMALL)
+    with offload.running("one"):
+        assert twice(tensor).eq(2).all()  # type: ignore[name-defined]  # noqa: F821
+    offload.close()
+
+
+def _twice(x: Tensor) -> Tensor:
+    return x + x
 
 
 def test_files_go_with_the_passes(tmp_path: Path) -> None:
