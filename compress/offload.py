@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from compress.memory import give_back
 
 SMALL = 1 << 16  # bytes of a storage that is not worth a file
-FREED = 1 << 26  # bytes put on disk until what is free goes back to the system, which takes time
+FREED = 1 << 26  # bytes emptied until what is free goes back to the system, which takes time
 
 
 @dataclass(frozen=True)
