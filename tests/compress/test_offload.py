@@ -87,7 +87,7 @@ def test_only_what_is_read_comes_back(tmp_path: Path) -> None:
     for _ in range(3):
         with offload.running("one"):
             added += 1
-            torch.cat([joined, joined[:2]])
+            torch.cat([joined, joined])
             torch.add(1, other=named)
             assert (unread.nbytes(), read.nbytes()) == (0, 4 * SMALL)
     with offload.there([left, added]):
@@ -110,13 +110,17 @@ def test_passes_may_share_what_one_of_them_made(tmp_path: Path) -> None:
         kept += 1
     del kept
     with offload.running("three"):
-        other = torch.full((SMALL,), 3.0)
+        others = [torch.full((SMALL,), 3.0) for _ in range(2)]
     with offload.running("one"):
         pass
     with offload.running("two"):
         assert own.eq(2).all()
+        more = [torch.zeros(SMALL) for _ in range(2)]  # takes places that are free
     with offload.running("three"):
-        assert other.eq(3).all()
+        assert all(other.eq(3).all() for other in others)
+    with offload.there([own, *more]):
+        assert own.eq(2).all()
+        assert not torch.cat(more).any()
     offload.close()
 
 
