@@ -6,13 +6,14 @@ Sites that read one input share one ``Moments``, so that a factorization is made
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from compress import distributed
-from compress.products import fast_products
+from compress.products import fast_products, narrow_factors
 
 TILE = 128  # inputs whose moments are summed at a time
 DAMPING = 0.01  # of the mean diagonal (GPTQ, arXiv 2210.17323)
@@ -151,9 +152,11 @@ def gathered(
         x = room[: len(read)].copy_(read)
         count = None if weights is None else weights[number][:, None]
         weighted = x if count is None else x * count
-        for start in range(0, width, TILE):  # of a symmetric matrix the upper half is enough
-            rows = slice(start, start + TILE)
-            H[rows, start:].addmm_(weighted[:, rows].T, x[:, start:])
+        narrow = count is None and read.dtype == torch.bfloat16
+        with narrow_factors() if narrow else nullcontext():
+            for start in range(0, width, TILE):  # of a symmetric matrix the upper half is enough
+                rows = slice(start, start + TILE)
+                H[rows, start:].addmm_(weighted[:, rows].T, x[:, start:])
         mean += weighted.sum(0)
         tokens += len(x)
         original = others[0] if others else None

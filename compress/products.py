@@ -7,8 +7,8 @@ The same sums in float32, rounded once at the end, are what such instructions ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -55,6 +55,25 @@ def fast_products() -> AbstractContextManager[Any]:
     (``scaled_dot_product_attention``) has kernels of its own, which are no slower.
     """
     return nullcontext() if has_bfloat16() else _InFloat32()
+
+
+@contextmanager
+def narrow_factors() -> Iterator[None]:
+    """While open, products of float32 may read their factors as bfloat16: for factors that are.
+
+    Of such factors nothing is lost; sums are in float32. oneDNN multiplies then, by bfloat16 where
+    the processor has tiles (AMX), and in float32 with the full width of AVX512 on AMD's, of which
+    MKL, torch's own choice, takes half. (Factors in bfloat16 have their sums rounded, too.)
+    """
+    matmul = getattr(torch.backends.mkldnn, "matmul", None)  # torch 2.9 and newer
+    if matmul is None or not has_bfloat16():
+        yield
+        return
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _InFloat32(TorchFunctionMode):

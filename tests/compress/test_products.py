@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compress import products
-from compress.products import fast_products, has_bfloat16
+from compress.products import fast_products, has_bfloat16, narrow_factors
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +111,25 @@ def test_a_torch_that_cannot_tell_is_left_alone(monkeypatch: pytest.MonkeyPatch)
     assert products.has_bfloat16()
     monkeypatch.undo()
     products.has_bfloat16.cache_clear()
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+def test_factors_are_narrow_where_that_is_faster_and_for_no_longer_than_asked(
+    monkeypatch: pytest.MonkeyPatch, kernels: bool
+) -> None:
+    matmul = SimpleNamespace(fp32_precision="ieee")
+    monkeypatch.setattr(products, "has_bfloat16", lambda: kernels)
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", matmul, raising=False)
+    with narrow_factors():
+        assert matmul.fp32_precision == ("bf16" if kernels else "ieee")
+    assert matmul.fp32_precision == "ieee"
+    with suppress(KeyError), narrow_factors():
+        raise KeyError
+    assert matmul.fp32_precision == "ieee"
+
+
+def test_a_torch_without_such_a_setting_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.backends, "mkldnn", object())
+    with narrow_factors():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).sum() == 8
